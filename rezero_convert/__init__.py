@@ -1,0 +1,74 @@
+"""Rewrites the residual blocks of a PyTorch model, `x + F(x)`, into ReZero blocks, `x + alpha * F(x)`."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import SourceResult, audit, audit_source, convert, convert_source
+    from .errors import ConversionError, NoEffectWarning
+    from .plan import Options, Plan
+    from .report import Report
+    from .rewrite.modules import alphas
+    from .validate import Validation, validate
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "audit",
+    "convert",
+    "validate",
+    "alphas",
+    "convert_source",
+    "audit_source",
+    "Report",
+    "Plan",
+    "Options",
+    "Validation",
+    "SourceResult",
+    "ConversionError",
+    "NoEffectWarning",
+]
+
+_HOMES = {
+    "audit": "api",
+    "convert": "api",
+    "convert_source": "api",
+    "audit_source": "api",
+    "SourceResult": "api",
+    "validate": "validate",
+    "Validation": "validate",
+    "alphas": "rewrite.modules",
+    "Report": "report",
+    "Plan": "plan",
+    "Options": "plan",
+    "ConversionError": "errors",
+    "NoEffectWarning": "errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported when first used: `--help` and `--version` must not wait for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Keeps a submodule named like a public function (`validate`) from taking the function's place when imported."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

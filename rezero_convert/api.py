@@ -1,0 +1,93 @@
+"""The public verbs: audit, convert, and their counterparts for source text. Each is the pipeline, readable in a row."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+from torch import nn
+
+from .capture import capture
+from .detect import detect
+from .errors import ConversionError, NoEffectWarning
+from .options import options as make_options
+from .plan import Plan
+from .report import Report
+from .rewrite import modules
+from .validate import validate
+
+
+def audit(model: nn.Module, example_inputs: Any = None, **options: Any) -> Report:
+    """Say for every add of a model what it is and what `convert` would do; nothing is changed.
+
+    Args:
+        model: any `nn.Module`; it is run once on fake tensors, never on its own weights if that can be avoided.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; None to have them inferred.
+        **options: as for `convert`.
+
+    Returns:
+        The report: `print` it, or take `.to_dict()`. For a converted model without `example_inputs`, what was done,
+        with today's alphas.
+
+    Raises:
+        ConversionError: the model cannot be captured, or an option is not valid.
+    """
+    settings = make_options(**options)
+    done = modules.record(model)
+    if done is not None and example_inputs is None:
+        return Report(done, title=type(model).__qualname__, alphas=_values(model), converted=True)
+    plan = detect(capture(model, example_inputs), settings)
+    return Report(plan, title=type(model).__qualname__, alphas=_values(model), converted=done is not None)
+
+
+def convert(
+    model: nn.Module, example_inputs: Any = None, *, inplace: bool = False, verify: bool = True, **options: Any
+) -> nn.Module:
+    """Rewrite the residual blocks of a model into ReZero form: `x + F(x)` becomes `x + alpha * F(x)`, alpha 0.
+
+    The result is the user's model still: instances keep their class (as a subclass), methods, hooks, state-dict keys
+    and control flow. Source: Bachlechner et al., "ReZero is All You Need", UAI 2021, eq. 1.
+
+    Args:
+        model: any `nn.Module`.
+        example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; None to have them inferred
+            (transformers, timm) or the model traced symbolically.
+        inplace: convert the given object, not a copy.
+        verify: check the result (identity at the start, every alpha read and alive); on meta tensors only the structure.
+        **options: `method`, `alpha_init`, `drop_norm`, `activation`, `include`, `exclude`, `share`, `long_skips`,
+            `norm_types`; see `plan.Options`.
+
+    Returns:
+        The converted model.
+
+    Raises:
+        ConversionError: the model cannot be captured or rewritten, or the result is not what the plan says. The given
+            model is then as it was.
+    """
+    settings = make_options(**options)
+    plan = detect(capture(model, example_inputs), settings)
+    if not plan.converted:
+        warnings.warn(_nothing(plan), NoEffectWarning, stacklevel=2)
+        return model if inplace else copy.deepcopy(model)
+    result = copy.deepcopy(model)
+    modules.rewrite(result, plan)
+    if verify:
+        check = validate(result, example_inputs)
+        if not check.ok:
+            raise ConversionError(f"{type(model).__qualname__}: the conversion does not hold: {check.failures[0]}")
+    if not inplace:
+        return result
+    modules.rewrite(model, plan)
+    return model
+
+
+def _nothing(plan: Plan) -> str:
+    gated = len(plan.of("gated"))
+    if gated:
+        return f"nothing was rewritten: {gated} residual blocks are gated already"
+    return f"nothing was rewritten: no residual block among {len(plan.sites)} adds (audit() lists them with reasons)"
+
+
+def _values(model: nn.Module) -> dict[str, nn.Parameter]:
+    return dict(modules.alphas(model))

@@ -1,0 +1,87 @@
+"""Captures: a live model becomes a `Trace`, by running it once or by tracing it symbolically."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from ..errors import ConversionError
+from .inputs import infer_inputs, normalize_inputs
+from .recorded import record
+from .symbolic import trace_symbolically
+from .trace import Trace
+
+__all__ = ["capture", "check_model", "infer_inputs", "normalize_inputs"]
+
+_PASS_INPUTS = "pass example_inputs= (a tensor, a tuple of positional or a dict of keyword arguments)"
+
+
+def capture(model: nn.Module, example_inputs: Any = None) -> Trace:
+    """The graph of `model`, which is left as it was.
+
+    With example inputs, given or described by the model itself (transformers, timm), the model is run once: on fake
+    tensors, else on meta tensors, else on real ones. Without, it is traced symbolically.
+
+    Raises:
+        ConversionError: `model` is not a plain module (the message says how to get at one), the example inputs are
+            not of the right form, the model raises on them, or there are none and tracing fails.
+    """
+    check_model(model)
+    if example_inputs is not None:
+        args, kwargs = normalize_inputs(example_inputs)
+        return record(model, args, kwargs)
+    inferred = infer_inputs(model)
+    if inferred is None:
+        return _without_inputs(model, "")
+    try:
+        return record(model, *inferred)
+    except ConversionError as error:
+        return _without_inputs(model, f"on inputs inferred from its configuration {error}; ")
+
+
+def check_model(model: object) -> None:
+    """Refuse what cannot be converted as it is.
+
+    Raises:
+        ConversionError: says what it is and what to pass instead.
+    """
+    name = type(model).__name__
+    if isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
+        raise ConversionError(f"the model is a TorchScript {name}: convert it before scripting or tracing")
+    if not isinstance(model, nn.Module):
+        what = f"the class {model.__name__}: pass an instance" if isinstance(model, type) else f"a {name}"
+        raise ConversionError(f"the model must be a torch.nn.Module, got {what}")
+    modules = {f"{base.__module__}.{base.__qualname__}" for base in type(model).__mro__}
+    if "torch._dynamo.eval_frame.OptimizedModule" in modules:
+        raise ConversionError("the model is compiled (torch.compile): convert model._orig_mod, then compile")
+    if modules & _WRAPPERS:
+        raise ConversionError(f"the model is wrapped in {name}: convert model.module before wrapping")
+    for path, module in model.named_modules():
+        bases = {f"{base.__module__}.{base.__qualname__}" for base in type(module).__mro__}
+        if bases & _SHARDED:
+            raise ConversionError(f"the model is sharded by FSDP (at {path or 'the root'}): convert it before wrapping")
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and is_lazy(tensor):
+                where = f"{path}.{key}" if path else key
+                raise ConversionError(f"the lazy parameter {where} is not initialized: run a forward first")
+
+
+_WRAPPERS = {
+    "torch.nn.parallel.distributed.DistributedDataParallel",
+    "torch.nn.parallel.data_parallel.DataParallel",
+    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel",
+}
+_SHARDED = {
+    "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel",
+    "torch.distributed.fsdp._fully_shard._fully_shard.FSDPModule",
+}
+
+
+def _without_inputs(model: nn.Module, before: str) -> Trace:
+    try:
+        return trace_symbolically(model)
+    except ConversionError as error:
+        raise ConversionError(f"{before}{error}; {_PASS_INPUTS}") from error

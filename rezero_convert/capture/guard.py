@@ -1,0 +1,166 @@
+"""Running a model without leaving a trace in it: what a run may change is saved and put back."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+Replace = Callable[[Tensor], Tensor]
+
+
+@contextlib.contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """A context in eval mode, without gradients and without the fused attention path; leaves no change behind.
+
+    Put back on exit, also after an exception: every module's attributes (with lists, dicts and sets among them,
+    parameters, buffers, children and hooks, all by identity), training flags, random states of torch, Python and
+    NumPy, grad mode, the default device and dtype, the attention fast path.
+    """
+    modules = tuple(model.modules())
+    saved = [_Saved(module) for module in modules]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_global_state())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        if "torch._dynamo" in sys.modules:  # compiled functions inside the model run as written
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        try:
+            for module in modules:
+                if isinstance(module, torch.jit.ScriptModule):
+                    module.training = False
+                else:  # no `eval()`: overrides of `train` may do anything
+                    module.__dict__["training"] = False
+            yield
+        finally:
+            for record in saved:
+                record.restore()
+
+
+def substitute(model: nn.Module, parameter: Replace, buffer: Replace, other: Replace) -> dict[int, str]:
+    """Replace the model's tensors; only under `untouched`, which puts them back.
+
+    Parameters and buffers are replaced object by object, so that tied ones stay tied, also where a list, dict or
+    tuple among a module's attributes holds them (`nn.LSTM`). `other` is for tensors that are plain attributes.
+
+    Returns:
+        The path of each replacement by its `id`.
+    """
+    new: dict[int, Tensor] = {}
+    paths: dict[int, str] = {}
+    for named, replace in ((model.named_parameters(), parameter), (model.named_buffers(), buffer)):
+        for path, tensor in named:
+            new[id(tensor)] = made = replace(tensor)
+            paths[id(made)] = path
+
+    def swap(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in new:
+            new[id(value)] = other(value)
+        return new[id(value)]
+
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            continue
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                tensors[name] = swap(tensor)
+        _swap_attributes(module.__dict__, swap)
+    return paths
+
+
+def _swap_attributes(attributes: dict[str, Any], swap: Callable[[Any], Any]) -> None:
+    for name, value in attributes.items():
+        if isinstance(value, Tensor):
+            attributes[name] = swap(value)
+        elif not any(isinstance(item, Tensor) for item in _items(value)):
+            continue
+        elif isinstance(value, tuple):
+            attributes[name] = tuple(swap(item) for item in value)
+        elif isinstance(value, list):
+            value[:] = [swap(item) for item in value]
+        else:
+            for key, item in value.items():
+                value[key] = swap(item)
+
+
+def _items(value: Any) -> Iterable[Any]:
+    if type(value) in (tuple, list):
+        return cast(Iterable[Any], value)
+    return value.values() if isinstance(value, dict) else ()
+
+
+class _Saved:
+    """A module's attributes, and the contents of containers among them."""
+
+    __slots__ = ("attributes", "containers", "module", "training")
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.training = module.training
+        self.attributes = dict(module.__dict__)
+        self.containers: list[tuple[Any, Any]] = [
+            (value, type(value)(value) if type(value) in (list, set, deque) else list(value))
+            if not isinstance(value, dict)
+            else (value, list(value.items()))
+            for value in self.attributes.values()
+            if isinstance(value, (dict, list, set, deque)) and value is not self.attributes
+        ]
+
+    def restore(self) -> None:
+        if isinstance(self.module, torch.jit.ScriptModule):
+            self.module.training = self.training
+            return
+        attributes = self.module.__dict__
+        if len(attributes) != len(self.attributes) or any(
+            attributes.get(name, attributes) is not value for name, value in self.attributes.items()
+        ):
+            attributes.clear()
+            attributes.update(self.attributes)
+        for container, contents in self.containers:
+            if isinstance(container, dict):
+                _restore_dict(container, contents)
+            elif len(container) != len(contents) or any(a is not b for a, b in zip(container, contents, strict=True)):
+                container.clear()
+                (container.update if isinstance(container, set) else container.extend)(contents)
+
+
+def _restore_dict(container: dict[Any, Any], contents: list[tuple[Any, Any]]) -> None:
+    same = len(container) == len(contents) and all(
+        key is old_key and value is old_value
+        for (key, value), (old_key, old_value) in zip(container.items(), contents, strict=True)
+    )
+    if not same:
+        container.clear()
+        container.update(contents)
+
+
+@contextlib.contextmanager
+def _global_state() -> Iterator[None]:
+    torch_state, python_state = torch.get_rng_state(), random.getstate()
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    numpy = sys.modules.get("numpy")
+    numpy_state = numpy.random.get_state() if numpy is not None else None
+    device, dtype = torch.get_default_device(), torch.get_default_dtype()
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
+        torch.set_default_dtype(dtype)
+        if torch.get_default_device() != device:
+            torch.set_default_device(None if device.type == "cpu" else device)
+        torch.set_rng_state(torch_state)
+        random.setstate(python_state)
+        if numpy is not None and numpy_state is not None:
+            numpy.random.set_state(numpy_state)
+        if cuda_states is not None:
+            torch.cuda.set_rng_state_all(cuda_states)

@@ -1,0 +1,505 @@
+"""The recorded capture: run the model once and write down every torch call with its place in the source."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import inspect
+import logging
+import operator
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+from unittest import mock
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import TensorWeakRef
+
+from ..errors import ConversionError
+from . import facts
+from .facts import Facts
+from .frames import FrameReader
+from .guard import substitute, untouched
+from .trace import Call, Frame, Origin, Trace
+
+Rung = Literal["fake", "meta", "real"]
+RUNGS: tuple[Rung, ...] = ("fake", "meta", "real")
+
+_DEPTH = 4  # how deep tensors are looked for in nested containers
+
+_call_module = nn.Module.__call__
+
+
+def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Trace:
+    """Run `model` on the example inputs, on fake tensors if that works, else on meta, else on real ones.
+
+    The model and the inputs are left as they were, also after an exception.
+
+    Raises:
+        ConversionError: the model raises on every kind of tensor (the message gives the last error), or Python runs
+            without column information.
+    """
+    on_meta = any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    for rung in RUNGS[: 2 if on_meta else 3]:
+        try:
+            return record_on(rung, model, args, kwargs)
+        except ConversionError:
+            raise
+        except Exception as error:  # whatever a model may raise; the last one is reported
+            failure = error
+    raise ConversionError(f"the model raised on the example inputs: {one_line(failure)}") from failure
+
+
+def record_on(rung: Rung, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Trace:
+    """Record on one kind of tensor.
+
+    Raises:
+        ConversionError: Python runs without column information.
+        Exception: whatever the model raises.
+    """
+    with untouched(model):
+        if rung == "fake":
+            return _on_fake(model, args, kwargs)
+        if rung == "meta":
+            return _on_meta(model, args, kwargs)
+        return _on_real(model, args, kwargs)
+
+
+def one_line(error: BaseException) -> str:
+    """Type and message of an exception on one line."""
+    message = " ".join(str(error).split())
+    return f"{type(error).__name__}: {message[:300]}{'...' if len(message) > 300 else ''}".rstrip(": ")
+
+
+def _on_fake(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Trace:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def fake(tensor: Tensor) -> Tensor:
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+            return mode.from_tensor(tensor)
+        value = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        return FakeTensor(mode, value, torch.device("cpu") if tensor.is_meta else tensor.device)
+
+    def parameter(tensor: Tensor) -> Tensor:
+        made = fake(tensor).requires_grad_(tensor.requires_grad)
+        made._is_param = True  # what nn.Parameter() does to subclasses, without a dispatched detach
+        return made
+
+    paths = substitute(model, parameter=parameter, buffer=fake, other=lambda tensor: tensor)
+    with mode, _quiet():
+        return _run(model, _converted((args, kwargs), fake), paths, "recorded (fake tensors)", weak=False)
+
+
+def _on_meta(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Trace:
+    def meta(tensor: Tensor) -> Tensor:
+        if tensor.layout is not torch.strided:
+            return tensor.to("meta")
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+    def parameter(tensor: Tensor) -> Tensor:
+        return nn.Parameter(meta(tensor), requires_grad=tensor.requires_grad)
+
+    paths = substitute(model, parameter=parameter, buffer=meta, other=meta)
+    with torch.device("meta"):
+        return _run(model, _converted((args, kwargs), meta), paths, "recorded (meta tensors)", weak=False)
+
+
+def _on_real(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Trace:
+    versions = {name: _version(parameter) for name, parameter in model.named_parameters()}
+    named = dict(model.named_parameters())
+    paths = substitute(model, parameter=lambda tensor: tensor, buffer=Tensor.clone, other=Tensor.clone)
+    trace = _run(model, _converted((args, kwargs), Tensor.clone), paths, "recorded (real tensors)", weak=True)
+    changed = [name for name, version in versions.items() if _version(named[name]) != version]
+    notes = tuple(f"the model's forward overwrote its parameter {name} while it was recorded" for name in changed)
+    return dataclasses.replace(trace, notes=notes)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from logging an operation that fails on fake tensors: the next kind of tensor is tried."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = disabled
+
+
+def _converted(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of nested inputs with every tensor converted, the same one once."""
+    memo: dict[int, Any] = {}
+
+    def walk(item: Any, depth: int) -> Any:
+        if id(item) in memo:
+            return memo[id(item)]
+        if isinstance(item, Tensor):
+            memo[id(item)] = convert(item)
+            return memo[id(item)]
+        if depth == 0 or not any(True for _ in tensors_in(item, depth)):
+            return item
+        if isinstance(item, (tuple, list)):
+            items = [walk(part, depth - 1) for part in item]
+            if isinstance(item, list):
+                return items
+            return type(item)(*items) if hasattr(item, "_fields") else type(item)(items)
+        made = copy.copy(item)
+        if isinstance(item, dict):
+            for key, part in item.items():
+                made[key] = walk(part, depth - 1)
+        for name, part in getattr(item, "__dict__", {}).items():
+            made.__dict__[name] = walk(part, depth - 1)
+        return made
+
+    return walk(value, _DEPTH + 2)
+
+
+def tensors_in(value: Any, depth: int = _DEPTH) -> Iterator[Tensor]:
+    """Tensors in nested tuples, lists, dicts, dataclasses and plain objects, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif depth == 0 or value is None or isinstance(value, (str, int, float, type, nn.Module)):
+        return
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item, depth - 1)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item, depth - 1)
+    elif hasattr(value, "__dict__") and not callable(value):
+        for item in vars(value).values():
+            yield from tensors_in(item, depth - 1)
+
+
+def _run(model: nn.Module, inputs: Any, paths: dict[int, str], route: str, *, weak: bool) -> Trace:
+    args, kwargs = inputs
+    recorder = _Recorder(model, paths, weak=weak)
+    recorder.inputs(model, args, kwargs)
+    with mock.patch.object(nn.Module, "__call__", recorder.patched_call()), recorder:
+        result = _boundary(model, args, kwargs)
+    recorder.output(result)
+    return Trace(recorder.graph, recorder.root, tuple(recorder.calls), route, model, scalars=recorder.scalars)
+
+
+def _boundary(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Calls the model; stacks are read outwards up to here."""
+    return model(*args, **kwargs)
+
+
+@dataclass(slots=True)
+class _Known:
+    """What the recorder knows of a torch function."""
+
+    op: str
+    target: Any
+    facts: Facts
+    overwriting: Facts
+    add: bool
+    attribute: str = ""
+    keep: Any = None
+
+
+class _Recorder(TorchFunctionMode):
+    """Builds the graph while the model runs."""
+
+    def __init__(self, model: nn.Module, paths: dict[int, str], *, weak: bool) -> None:
+        super().__init__()
+        self.graph = fx.Graph()
+        self.reader = FrameReader(model, _boundary.__code__)
+        self.root = Call("", type(model).__qualname__, facts.of_class(type(model)), None, (), model)
+        self.calls = [self.root]
+        self.scalars = 0
+        self._paths = paths
+        self._weak = weak
+        self._call = self.root
+        self._silent = False
+        self._entered = False
+        self._constants = 0
+        self._bound: dict[int, tuple[Any, fx.Node]] = {}
+        self._functions: dict[Any, _Known] = {}
+        self._classes: dict[type, tuple[bool, Facts, Facts]] = {}
+
+    def inputs(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Make the placeholders."""
+        try:
+            names = list(inspect.signature(model.forward).parameters)
+        except (TypeError, ValueError):
+            names = []
+        given = [(names[i] if i < len(names) else f"input_{i}", value) for i, value in enumerate(args)]
+        for name, value in [*given, *kwargs.items()]:
+            for tensor in tensors_in(value):
+                if self._lookup(tensor) is None:
+                    node = self.graph.placeholder(name)
+                    self._describe(node, Facts("input", "input"), (), tensor)
+                    self._bind(tensor, node)
+                self.root.inputs.append(self._node(tensor, ()))
+
+    def output(self, result: Any) -> None:
+        """Make the output node."""
+        self.root.outputs += [self._node(tensor, ()) for tensor in tensors_in(result)]
+        node = self.graph.output(self._argument(result, (), _DEPTH))
+        self._describe(node, Facts("other", "output"), (), None)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self._silent:
+            return func(*args, **kwargs)
+        before = [(tensor, _version(tensor)) for tensor in _operands(args, kwargs)]
+        result = func(*args, **kwargs)
+        if isinstance(result, Tensor) or (result is None and before) or isinstance(result, (tuple, list)):
+            fresh, changed = _effects(result, before)
+            if fresh:
+                known = self._known(func)
+                if known.attribute:
+                    args = (*args[:1], known.attribute, *args[1:2])
+                if known.add and len(before) < 2:
+                    self.scalars += 1
+                frames = self.reader.collect(sys._getframe(1))
+                self._write(known.op, known.target, known.facts, known.overwriting, args, kwargs, before, result,
+                            fresh, changed, frames)  # fmt: skip
+        return result
+
+    def patched_call(self) -> Callable[..., Any]:
+        """What stands in for `nn.Module.__call__` during the run."""
+        thread = threading.get_ident()
+
+        def __call__(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if self._silent or threading.get_ident() != thread:
+                return _call_module(module, *args, **kwargs)
+            if module is self.root.module and self._call is self.root and not self._entered:
+                self._entered = True
+                return _call_module(module, *args, **kwargs)
+            leaf, plain, overwriting = self._class(module)
+            frames = self.reader.collect(sys._getframe(1), module)
+            if leaf:
+                return self._leaf_call(module, plain, overwriting, frames, args, kwargs)
+            return self._inlined_call(module, plain, frames, args, kwargs)
+
+        return __call__
+
+    def _leaf_call(
+        self, module: nn.Module, plain: Facts, overwriting: Facts, frames: tuple[Frame, ...],
+        args: tuple[Any, ...], kwargs: dict[str, Any],
+    ) -> Any:  # fmt: skip
+        before = [(tensor, _version(tensor)) for tensor in _operands(args, kwargs)]
+        self._silent = True
+        try:
+            result = _call_module(module, *args, **kwargs)
+        finally:
+            self._silent = False
+        fresh, changed = _effects(result, before)
+        if fresh:
+            path = self.reader.path(module)
+            self._write("call_module", path, plain, overwriting, args, kwargs, before, result, fresh, changed, frames)
+        return result
+
+    def _inlined_call(
+        self, module: nn.Module, plain: Facts, frames: tuple[Frame, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        parent = self._call
+        call = Call(self.reader.path(module), type(module).__qualname__, plain, parent, frames, module)
+        self.calls.append(call)
+        call.inputs = [self._node(tensor, frames) for tensor in _call_tensors((args, kwargs))]
+        self._call = call
+        try:
+            result = _call_module(module, *args, **kwargs)
+        finally:
+            self._call = parent
+        call.outputs = [self._node(tensor, frames) for tensor in _call_tensors(result)]
+        return result
+
+    def _write(
+        self, op: str, target: Any, plain: Facts, overwriting: Facts, args: tuple[Any, ...], kwargs: dict[str, Any],
+        before: list[tuple[Tensor, int]], result: Any, fresh: list[Tensor], changed: list[Tensor],
+        frames: tuple[Frame, ...],
+    ) -> None:  # fmt: skip
+        node = self.graph.create_node(
+            op,
+            target,
+            tuple([self._argument(value, frames) for value in args]),
+            {name: self._argument(value, frames) for name, value in kwargs.items()},
+        )
+        first = before[0][0] if before else None
+        inplace = first is not None and any(first is tensor for tensor in changed)
+        self._describe(node, overwriting if inplace else plain, frames, result if isinstance(result, Tensor) else None)
+        if isinstance(result, Tensor):
+            self._bind(result, node)
+        elif result is not None:
+            self._bind_items(result, node, fresh, frames)
+        if not any(True for _ in tensors_in(result)):
+            for tensor in changed:
+                self._bind(tensor, node)
+        for tensor in changed:
+            base = tensor._base
+            if base is not None and any(tensor is item for item in fresh):
+                parts = (self._node(base, frames), self._node(tensor, frames))
+                merged = self.graph.create_node("call_function", operator.setitem, parts)
+                self._describe(merged, _SETITEM, frames, base)
+                self._bind(base, merged)
+
+    def _bind_items(self, result: Any, node: fx.Node, fresh: list[Tensor], frames: tuple[Frame, ...]) -> None:
+        """A getitem node for every new tensor in a returned structure."""
+        items: Iterable[tuple[Any, Any]] = ()
+        if isinstance(result, Mapping):
+            items = result.items()
+        elif isinstance(result, (tuple, list)):
+            items = enumerate(result)
+        for key, item in items:
+            if isinstance(item, Tensor) and not any(item is tensor for tensor in fresh):
+                continue
+            if isinstance(item, Tensor) or any(True for _ in tensors_in(item)):
+                element = self.graph.create_node("call_function", operator.getitem, (node, key))
+                is_tensor = isinstance(item, Tensor)
+                self._describe(element, _GETITEM, frames, item if is_tensor else None)
+                if is_tensor:
+                    self._bind(item, element)
+                else:
+                    self._bind_items(item, element, fresh, frames)
+
+    def _describe(self, node: fx.Node, known: Facts, frames: tuple[Frame, ...], tensor: Tensor | None) -> None:
+        shape, dtype = (None, None) if tensor is None else (tuple(tensor.shape), tensor.dtype)
+        node.meta["origin"] = Origin(self._call, frames, known, shape, dtype)
+
+    def _bind(self, tensor: Tensor, node: fx.Node) -> None:
+        self._bound[id(tensor)] = (TensorWeakRef(tensor) if self._weak else tensor, node)
+
+    def _lookup(self, tensor: Tensor) -> fx.Node | None:
+        bound = self._bound.get(id(tensor))
+        if bound is None:
+            return None
+        held = bound[0]() if self._weak else bound[0]
+        return bound[1] if held is tensor else None  # an id may be used again
+
+    def _node(self, tensor: Tensor, frames: tuple[Frame, ...]) -> fx.Node:
+        """The node of a tensor; one that no recorded operation made becomes a get_attr node."""
+        node = self._lookup(tensor)
+        if node is None:
+            path = self._paths.get(id(tensor))
+            if path is None:
+                path = f"_constant_{self._constants}"
+                self._constants += 1
+            node = self.graph.create_node("get_attr", path)
+            self._describe(node, attribute_facts(tensor), frames, tensor)
+            self._bind(tensor, node)
+        return node
+
+    def _argument(self, value: Any, frames: tuple[Frame, ...], depth: int = 2) -> Any:
+        """A value as an fx argument: tensors become nodes, what fx does not know its type's name."""
+        if isinstance(value, Tensor):
+            return self._node(value, frames)
+        if value is None or isinstance(value, _BASE_TYPES):
+            return value
+        if isinstance(value, slice):
+            parts = (value.start, value.stop, value.step)
+            return slice(*[self._argument(part, frames, depth) for part in parts])
+        if isinstance(value, tuple):
+            return tuple([self._argument(item, frames, depth) for item in value])
+        if isinstance(value, list):
+            return [self._argument(item, frames, depth) for item in value]
+        if isinstance(value, Mapping):
+            return {str(key): self._argument(item, frames, depth) for key, item in value.items()}
+        if depth and any(True for _ in tensors_in(value, depth)):
+            return {name: self._argument(item, frames, depth - 1) for name, item in vars(value).items()}
+        return f"<{type(value).__qualname__}>"
+
+    def _known(self, func: Any) -> _Known:
+        known = self._functions.get(func)
+        if known is None:
+            known = self._functions[func] = _learn(func)
+        return known
+
+    def _class(self, module: nn.Module) -> tuple[bool, Facts, Facts]:
+        cls = type(module)
+        if cls not in self._classes:
+            plain = facts.of_class(cls)
+            leaf = isinstance(module, torch.jit.ScriptModule) or facts.is_leaf(cls)
+            self._classes[cls] = (leaf, plain, dataclasses.replace(plain, inplace=True))
+        return self._classes[cls]
+
+
+_BASE_TYPES = (str, int, float, bool, complex, torch.dtype, torch.device, torch.layout, torch.memory_format,
+               type(Ellipsis), range)  # fmt: skip
+_SETITEM = facts.of_function(operator.setitem)
+_GETITEM = facts.of_function(operator.getitem)
+
+
+def attribute_facts(tensor: Tensor) -> Facts:
+    """Facts of a get_attr node."""
+    matrix = sum(size > 1 for size in tensor.shape) > 1
+    if isinstance(tensor, nn.Parameter):
+        return Facts("parameter", "Parameter", weight=matrix)
+    return Facts("parameter", "Buffer")
+
+
+def _learn(func: Any) -> _Known:
+    """How a torch function is written in the graph."""
+    name = getattr(func, "__name__", "")
+    if name in ("__get__", "__set__"):
+        attribute = func.__self__.__name__
+        plain = Facts("layout" if attribute in ("T", "mT", "H", "mH") else "other", attribute)
+        known = _Known("call_function", getattr if name == "__get__" else setattr, plain, plain, False, attribute)
+    else:
+        plain = facts.of_function(func)
+        method = getattr(Tensor, name, None) is func
+        known = _Known(
+            "call_method" if method else "call_function", name if method else func, plain, plain,
+            plain.type in ("add", "sub", "rsub"),
+        )  # fmt: skip
+    known.overwriting = dataclasses.replace(known.facts, inplace=True)
+    known.facts = dataclasses.replace(known.facts, inplace=False)
+    return known
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Tensors among the arguments of a torch function, each once."""
+    found: list[Tensor] = []
+    for value in (*args, *kwargs.values()) if kwargs else args:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (tuple, list, dict)):
+            found += tensors_in(value, 3)
+    if len(found) < 2:
+        return found
+    return list({id(tensor): tensor for tensor in found}.values())
+
+
+def _effects(result: Any, before: list[tuple[Tensor, int]]) -> tuple[list[Tensor], list[Tensor]]:
+    """Tensors that get a new node, and which of the operands were overwritten."""
+    changed = [tensor for tensor, version in before if _version(tensor) != version]
+    returned = [result] if isinstance(result, Tensor) else list(tensors_in(result))
+    if not returned:
+        return changed, changed
+    fresh = [
+        tensor
+        for tensor in returned
+        if any(tensor is item for item in changed) or not any(tensor is item for item, _ in before)
+    ]
+    return fresh, changed
+
+
+def _call_tensors(value: Any, depth: int = _DEPTH) -> Iterator[Tensor]:
+    """As `tensors_in`, but plain objects are not searched: a cache of n layers passed to n layers costs n * n."""
+    if isinstance(value, Tensor):
+        yield value
+    elif depth == 0:
+        return
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _call_tensors(item, depth - 1)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _call_tensors(item, depth - 1)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for item in vars(value).values():
+            yield from _call_tensors(item, depth - 1)

@@ -1,0 +1,491 @@
+"""The command line: arguments in, exit code out. torch is imported when the arguments have proved to be in order."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from . import __version__
+from .errors import ConversionError
+
+if TYPE_CHECKING:
+    from .report import Report
+
+PROGRAM = "rezero-convert"
+_HELP = """\
+Rewrites the residual blocks of PyTorch models, x + F(x), into ReZero blocks, x + alpha * F(x).
+
+  rezero-convert model.py              what would change: report on stderr, diff on stdout; runs none of your code
+  rezero-convert model.py --write      change the file
+  rezero-convert src/ --check          exit code 1 if there is anything to rewrite
+  rezero-convert model.py --model 'Net()' --inputs 'torch.randn(1, 8),'     by running the model; validates the result
+  rezero-convert audit timm:resnet50   report on a model of timm, torchvision, transformers, or package.module:Class
+
+rezero-convert --help lists the options.
+"""
+_INPUTS = "a tensor, a tuple of arguments, or a dict of keyword arguments"
+_NOTHING = "nothing to rewrite"
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """One file on its way through."""
+
+    name: str
+    path: Path | None
+    """None for standard input."""
+    text: str
+    bom: bool = False
+
+    def data(self, text: str) -> bytes:
+        return (b"\xef\xbb\xbf" if self.bom else b"") + text.encode()
+
+
+@dataclass(frozen=True, slots=True)
+class _Result:
+    """What became of a file."""
+
+    file: _File
+    text: str
+    report: Report
+    notes: tuple[str, ...] = ()
+
+    @property
+    def changed(self) -> bool:
+        return self.text != self.file.text
+
+
+@dataclass(frozen=True, slots=True)
+class _Screen:
+    """stderr: for people."""
+
+    color: bool
+    quiet: bool
+
+    def show(self, report: Report) -> None:
+        """A table on a terminal, lines elsewhere."""
+        if self.quiet:
+            return
+        if sys.stderr.isatty():
+            from rich.console import Console
+
+            Console(stderr=True, no_color=not self.color).print(report)
+        else:
+            print(report, file=sys.stderr)
+
+    def say(self, line: str) -> None:
+        if not self.quiet:
+            print(f"{PROGRAM}: {line}", file=sys.stderr)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises `ConversionError` where argparse would print its usage and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConversionError(message)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        0: nothing to do, or done. 1: `--check` found something to rewrite. 2: an error, told on one line of stderr.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if not arguments:
+            print(_HELP, end="")
+            return 0
+        if arguments[0] == "audit":
+            return _audit(_parsed(_audit_parser(), arguments[1:]))
+        return _convert(_parsed(_convert_parser(), arguments))
+    except ConversionError as error:
+        return _failed(str(error))
+    except BrokenPipeError:  # the reader of the diff has gone; nothing more to say to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
+    except KeyboardInterrupt:
+        return _failed("interrupted")
+
+
+def _failed(message: str) -> int:
+    print(f"{PROGRAM}: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+# Arguments
+
+
+def _convert_parser() -> _Parser:
+    parser = _Parser(
+        prog=PROGRAM,
+        description="Rewrites the residual blocks of PyTorch models, x + F(x), into ReZero blocks, x + alpha * F(x). "
+        "The report goes to stderr, the diff to stdout. Files are changed only with --write or -o, and no code of "
+        "theirs is run without --model.",
+        epilog=f"'{PROGRAM} audit --help' tells about models of timm, torchvision, transformers and your packages. "
+        "Exit codes: 0 nothing to do or done, 1 --check found something to rewrite, 2 an error.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="a .py file, a folder of them, or - for stdin")
+    out = parser.add_mutually_exclusive_group()
+    out.add_argument("--write", action="store_true", help="change the files in place")
+    out.add_argument("-o", "--output", metavar="OUT", help="write the rewritten text here (- for stdout)")
+    out.add_argument("--check", action="store_true", help="exit with 1 if there is anything to rewrite; no diff")
+    parser.add_argument("--json", action="store_true", help="the report as JSON on stdout, instead of the diff")
+    exact = parser.add_argument_group("exact route: run the model, validate the rewritten file in a fresh process")
+    exact.add_argument("--model", metavar="EXPR", help="expression in the file's namespace that makes the model")
+    exact.add_argument("--inputs", metavar="EXPR", help=_INPUTS)
+    _add_options(parser)
+    return parser
+
+
+def _audit_parser() -> _Parser:
+    parser = _Parser(
+        prog=f"{PROGRAM} audit",
+        description="Says for every add of a model what it is and what the conversion would do. Changes nothing.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "targets",
+        nargs="+",
+        metavar="TARGET",
+        help="timm:NAME, torchvision:NAME, transformers:TYPE-OR-CLASS, package.module:EXPRESSION (a class or function "
+        "is called), or a .py file",
+    )
+    parser.add_argument("--inputs", metavar="EXPR", help=_INPUTS)
+    parser.add_argument("--json", action="store_true", help="the report as JSON on stdout")
+    _add_options(parser)
+    return parser
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `rezero_convert.convert`, checked there, so that both say the same."""
+    group = parser.add_argument_group("conversion")
+    group.add_argument("--method", help="rezero")
+    group.add_argument("--alpha-init", metavar="X", help="start value of the gates: a number (default 0), or preserve")
+    group.add_argument(
+        "--drop-norm",
+        metavar="KINDS",
+        help="any of layer (default), batch, group, instance, comma-separated; none; all",
+    )
+    group.add_argument("--activation", metavar="WHERE", help="after the add: branch (move it there; default) or keep")
+    group.add_argument("--include", metavar="PATTERN", action="append", help="only modules that match (repeatable)")
+    group.add_argument("--exclude", metavar="PATTERN", action="append", help="no modules that match (repeatable)")
+    group.add_argument("--share", metavar="HOW", help="one alpha per branch (default) or layer")
+    group.add_argument("--long-skips", action="store_true", default=None, help="gate long skips too")
+    group = parser.add_argument_group("talk")
+    group.add_argument("--no-color", action="store_true", help="no colors; the variable NO_COLOR does the same")
+    group.add_argument("-q", "--quiet", action="store_true", help="errors only on stderr")
+
+
+def _parsed(parser: _Parser, arguments: Sequence[str]) -> argparse.Namespace:
+    known, rest = parser.parse_known_args(arguments)
+    for argument in rest:
+        name = argument.partition("=")[0]
+        near = get_close_matches(name, parser._option_string_actions, n=1)
+        raise ConversionError(f"unknown option {name}" + (f"; did you mean {near[0]}?" if near else ""))
+    return known
+
+
+def _given(arguments: argparse.Namespace) -> dict[str, Any]:
+    from .options import options
+
+    names = ("method", "alpha_init", "drop_norm", "activation", "include", "exclude", "share", "long_skips")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    options(**given)  # before anything is run
+    return given
+
+
+def _screen(arguments: argparse.Namespace) -> _Screen:
+    return _Screen(color=not (arguments.no_color or os.environ.get("NO_COLOR")), quiet=arguments.quiet)
+
+
+# rezero-convert FILE ...
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    given, screen = _given(arguments), _screen(arguments)
+    if arguments.inputs is not None and arguments.model is None:
+        raise ConversionError("--inputs without --model: which model are they for?")
+    named = list(_paths(arguments.files))
+    single = len(named) == 1
+    for option in ("output", "model"):
+        if getattr(arguments, option) is not None and not single:
+            raise ConversionError(f"--{option} is for one file, not {len(named)}")
+    if arguments.write and None in (path for _, path, _ in named):
+        raise ConversionError("--write cannot change standard input; use -o -")
+    reports: list[dict[str, Any]] = []
+    changed = failed = False
+    for name, path, member in _progress(named, screen):
+        try:
+            file = _read(name, path)
+            if not _has_model(file):
+                if member:
+                    continue
+                raise ConversionError(f"{name}: no torch.nn.Module class in this file")
+            result = _rewrite(file, arguments, given, screen)
+            _deliver(result, arguments, screen)
+        except ConversionError as error:
+            failed = bool(_failed(str(error)))
+            continue
+        changed |= result.changed
+        reports.append({"file": name, **result.report.to_dict(), "notes": _notes(result)})
+    if arguments.json and reports:
+        _print_json(reports, single)
+    if failed:
+        return 2
+    return 1 if arguments.check and changed else 0
+
+
+def _paths(files: Iterable[str]) -> Iterator[tuple[str, Path | None, bool]]:
+    """Name, path (None: stdin) and whether it was found in a folder, each file once.
+
+    Raises:
+        ConversionError: there is no such file, or no Python file in a folder.
+    """
+    seen: set[Path] = set()
+    for name in files:
+        path = Path(name)
+        if name == "-":
+            yield "<stdin>", None, False
+        elif path.is_dir():
+            members = sorted(_members(path))
+            if not members:
+                raise ConversionError(f"{name}: no .py files in this folder")
+            for member in members:
+                if member.resolve() not in seen:
+                    seen.add(member.resolve())
+                    yield str(member), member, True
+        elif not path.exists():
+            raise ConversionError(f"{name}: no such file or folder")
+        elif path.resolve() not in seen:
+            seen.add(path.resolve())
+            yield name, path, False
+
+
+def _members(folder: Path) -> Iterator[Path]:
+    """The .py files below a folder, but for hidden folders, caches and virtual environments."""
+    for root, folders, files in os.walk(folder):
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".") and name != "__pycache__" and not Path(root, name, "pyvenv.cfg").exists()
+        ]
+        yield from (Path(root, name) for name in files if name.endswith(".py"))
+
+
+def _progress(named: list[tuple[str, Path | None, bool]], screen: _Screen) -> Iterable[tuple[str, Path | None, bool]]:
+    if len(named) < 5 or screen.quiet or not sys.stderr.isatty():
+        return named
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(named, "rewriting", console=Console(stderr=True, no_color=not screen.color), transient=True)
+
+
+def _read(name: str, path: Path | None) -> _File:
+    try:
+        data = sys.stdin.buffer.read() if path is None else path.read_bytes()
+    except OSError as error:
+        raise ConversionError(f"{name}: cannot be read: {error.strerror}") from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ConversionError(f"{name}:{line}: not UTF-8 ({error.reason})") from error
+    return _File(name, path, text, bom=data.startswith(b"\xef\xbb\xbf"))
+
+
+def _has_model(file: _File) -> bool:
+    """Whether the text defines a class that is an `nn.Module`.
+
+    Raises:
+        ConversionError: it has a syntax error.
+    """
+    if "class " not in file.text:
+        _check_syntax(file)
+        return False
+    from . import sources
+    from .capture import static
+
+    sources.register(file.name, file.text)
+    return bool(static.classes(file.name))
+
+
+def _check_syntax(file: _File) -> None:
+    from . import sources
+
+    sources.register(file.name, file.text)
+    sources.tree(file.name)
+
+
+def _rewrite(file: _File, arguments: argparse.Namespace, given: dict[str, Any], screen: _Screen) -> _Result:
+    """The file's text rewritten; by the exact route if a model is given, and then proved."""
+    from . import api
+
+    if arguments.model is None:
+        made = api.convert_source(file.text, file=file.name, **given)
+        return _Result(file, made.text, made.report, tuple(made.notes))
+    from . import fresh, targets
+
+    if file.path is None:
+        raise ConversionError("--model needs a file to import, not standard input")
+    path = file.path.resolve()
+    namespace = vars(targets.load(path))
+    model = targets.model_of("--model", arguments.model, namespace)
+    inputs = None if arguments.inputs is None else targets.evaluate("--inputs", arguments.inputs, namespace)
+    with targets.quiet_stdout(), targets.told(f"{file.name}: --model {arguments.model!r}"):
+        made = api.convert_source(file.text, file=str(path), model=model, example_inputs=inputs, **given)
+    result = _Result(file, made.text, made.report, tuple(made.notes))
+    if result.changed:
+        proof = fresh.prove(path, result.text, arguments.model, arguments.inputs)
+        if not proof.ok:
+            raise ConversionError(f"{file.name}: the rewritten file does not hold: {_last(proof.text)}")
+        note = f"imported in a fresh process and validated: {_last(proof.text)}"
+        result = dataclasses.replace(result, notes=(*result.notes, note))
+    return result
+
+
+def _last(text: str) -> str:
+    return text.strip().splitlines()[-1].strip() if text.strip() else "no reason given"
+
+
+def _notes(result: _Result) -> list[str]:
+    notes = list(dict.fromkeys((*result.report.plan.notes, *result.report.notes, *result.notes)))
+    return notes if result.changed else [*notes, _NOTHING]
+
+
+def _deliver(result: _Result, arguments: argparse.Namespace, screen: _Screen) -> None:
+    """Report to stderr; text to the file, the output or, as a diff, to stdout."""
+    name = result.file.name
+    screen.show(result.report)
+    for note in result.notes:
+        screen.say(f"{name}: {note}")
+    if not result.changed:
+        screen.say(f"{name}: {_NOTHING}")
+    if arguments.output == "-":
+        _emit(result.file.data(result.text))
+    elif arguments.output is not None:
+        _replace(Path(arguments.output), result.file.data(result.text), mode_of=result.file.path)
+        screen.say(f"wrote {arguments.output}")
+    elif arguments.write:
+        if result.changed and result.file.path is not None:
+            _replace(result.file.path, result.file.data(result.text), mode_of=result.file.path)
+            screen.say(f"wrote {name}")
+    elif arguments.check:
+        if result.changed:
+            screen.say(f"would rewrite {name}")
+    elif result.changed and not arguments.json:
+        _print_diff(result, screen)
+
+
+def _replace(path: Path, data: bytes, mode_of: Path | None) -> None:
+    """Write a file whole or not at all; links are followed, the mode is kept.
+
+    Raises:
+        ConversionError: it cannot be written.
+    """
+    path = path.resolve()
+    mode = next((one.stat().st_mode & 0o7777 for one in (path, mode_of) if one is not None and one.exists()), 0o644)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(0, "it is a folder")
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                stream.write(data)
+            os.chmod(temporary, mode)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise ConversionError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def diff(name: str, before: str, after: str) -> str:
+    """The unified diff of two texts, for `git apply` and `patch -p1`; only "\\n" ends a line."""
+    sides = (name, name) if os.path.isabs(name) or name.startswith("<") else (f"a/{name}", f"b/{name}")
+    made = difflib.unified_diff(_rows(before), _rows(after), *sides)
+    return "".join(line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in made)
+
+
+def _rows(text: str) -> list[str]:
+    lines = text.split("\n")
+    rows = [f"{line}\n" for line in lines[:-1]]
+    return rows + ([lines[-1]] if lines[-1] else [])
+
+
+def _print_diff(result: _Result, screen: _Screen) -> None:
+    text = diff(result.file.name, result.file.text, result.text)
+    if not (screen.color and sys.stdout.isatty()):
+        _emit(text.encode())
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(soft_wrap=True)
+    styles = {"+": "green", "-": "red", "@": "cyan"}
+    for line in text.splitlines():
+        console.print(Text(line, style="bold" if line.startswith(("+++", "---")) else styles.get(line[:1], "")))
+
+
+def _emit(data: bytes) -> None:
+    """To stdout, byte by byte: what is piped into `patch` must not be translated."""
+    sys.stdout.flush()
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
+
+
+def _print_json(reports: list[dict[str, Any]], single: bool) -> None:
+    whole = reports[0] if single else {"version": reports[0]["version"], "reports": reports}
+    _emit(json.dumps(whole, indent=2, allow_nan=False).encode() + b"\n")
+
+
+# rezero-convert audit TARGET ...
+
+
+def _audit(arguments: argparse.Namespace) -> int:
+    given, screen = _given(arguments), _screen(arguments)
+    reports: list[dict[str, Any]] = []
+    failed = False
+    for name in arguments.targets:
+        try:
+            report = _audited(name, arguments, given)
+        except ConversionError as error:
+            failed = bool(_failed(str(error)))
+            continue
+        if not arguments.json:
+            screen.show(report)
+        reports.append({"target": name, **report.to_dict()})
+    if arguments.json and reports:
+        _print_json(reports, single=len(arguments.targets) == 1)
+    return 2 if failed else 0
+
+
+def _audited(name: str, arguments: argparse.Namespace, given: dict[str, Any]) -> Report:
+    from . import api, targets
+
+    path = Path(name)
+    if name == "-" or name.endswith(".py") or path.exists():
+        if path.is_dir():
+            raise ConversionError(f"{name}: a folder; audit takes files and models, {PROGRAM} {name} takes folders")
+        if name != "-" and not path.exists():
+            raise ConversionError(f"{name}: no such file")
+        file = _read(name if name != "-" else "<stdin>", None if name == "-" else path)
+        return api.audit_source(file.text, file=file.name, **given)
+    found = targets.target(name, arguments.inputs)
+    with targets.quiet_stdout(), targets.told(name):
+        report = api.audit(found.model, found.inputs, **given)
+    return dataclasses.replace(report, title=name, notes=(*report.notes, *found.notes))

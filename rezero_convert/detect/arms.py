@@ -1,0 +1,131 @@
+"""Adds that a recorded run did not come to: in the methods that ran, on paths that did not.
+
+They are read from the text by the static capture and matched with what ran. An arm that no call runs together with an
+executed one, and that adds a branch ending in the same child, is its twin and gets the same edit (the two norm orders
+of `nn.TransformerEncoderLayer`). Any other is reported as not executed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+
+from .. import sources
+from ..capture.static import adds, exclusive, traces
+from ..capture.trace import Trace
+from ..errors import ConversionError
+from ..plan import Gate, Norm, Operand, Place, Plan, Site, Span
+from . import code
+
+
+Read = Callable[[str, str], tuple[Site, ...]]
+"""The static findings of a class, by file and qualified name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """A residual add of one instance in code that did not run."""
+
+    path: str
+    cls: str
+    place: Place
+    found: Site
+    """The static finding."""
+    twin: Site | None
+    """The executed site whose edit it shares."""
+
+
+def unexecuted(
+    ran: Mapping[tuple[str, str], Collection[Place]], sites: Iterable[Site], executed: frozenset[Span], read: Read
+) -> Iterator[Arm]:
+    """The residual adds that did not run in methods that did.
+
+    Args:
+        ran: the methods that ran, by path and class of their instance.
+        sites: what was found in the run.
+        executed: the spans of all adds that ran.
+        read: gives the static findings of a class.
+    """
+    own: dict[str, list[Site]] = {}
+    for site in sites:
+        if site.verdict == "converted":
+            own.setdefault(site.path, []).append(site)
+    for (path, cls), places in ran.items():
+        at = {(place.file, place.line): place for place in places}
+        for file, qualname in dict.fromkeys((place.file, place.cls) for place in places):
+            for found in read(file, qualname):
+                place = at.get((found.place.file, found.place.line)) if found.place is not None else None
+                if place is None or found.span in executed or found.verdict != "converted":
+                    continue
+                twin = next((site for site in own.get(path, ()) if _is_twin(site, found)), None)
+                yield Arm(path, cls, place, found, twin)
+
+
+def _is_twin(site: Site, found: Site) -> bool:
+    if site.span is None or found.span is None or not exclusive(site.span, found.span):
+        return False
+    return [gate.child for gate in site.gates] == [gate.child for gate in found.gates]
+
+
+def as_site(arm: Arm, gone: frozenset[str]) -> Site:
+    """The finding as a site of the instance: twins with the edits of their own text and the alphas of the other.
+
+    Args:
+        arm: the finding.
+        gone: the paths of the norms that are dropped in the model.
+    """
+    found = replace(arm.found, verdict="not-executed", code="RZ140", path=arm.path, cls=arm.cls, place=arm.place, calls=0)
+    if arm.twin is None:
+        reason = "a residual add on a path that did not run: pass inputs that run it"
+        return replace(found, reason=reason, gates=(), norms=(), activation=None, repairs=())
+    gates = tuple(_moved(gate, other, arm) for gate, other in zip(found.gates, arm.twin.gates, strict=True))
+    activation = found.activation
+    if activation is not None:
+        activation = replace(activation, at=_at(activation.at, arm.place))
+    reason = f"adds the same branch as {arm.twin.span}, and gets the same gate"
+    own = tuple(norm for norm in norms(arm) if norm.path in gone)
+    return replace(found, gates=gates, norms=own, activation=activation, reason=reason, repairs=())
+
+
+def norms(arm: Arm) -> tuple[Norm, ...]:
+    """The norms of a twin, as modules of the instance."""
+    return tuple(_placed(norm, arm) for norm in arm.found.norms) if arm.twin is not None else ()
+
+
+def _moved(gate: Gate, other: Gate, arm: Arm) -> Gate:
+    return replace(other, at=_at(gate.at, arm.place) if gate.at is not None else None, branch=gate.branch)
+
+
+def _placed(norm: Norm, arm: Arm) -> Norm:
+    path = f"{arm.path}.{norm.path}" if arm.path and norm.path else norm.path
+    return replace(norm, path=path, at=_at(norm.at, arm.place) if norm.at is not None else None)
+
+
+def _at(at: Operand, place: Place) -> Operand:
+    same = at.place.file == place.file and at.place.line == place.line
+    return Operand(place if same else replace(at.place, module=place.module), at.span, at.index)
+
+
+def reader(detect: Callable[[Trace], Plan], executed: frozenset[Span]) -> Read:
+    """Static findings by class, made at most once each and only where the text holds adds that did not run."""
+
+    @cache
+    def read(file: str, cls: str) -> tuple[Site, ...]:
+        if not _unexplained(file, cls, executed):
+            return ()
+        found = traces(file, only=frozenset({cls}))
+        return tuple(site for trace in found for site in detect(trace).sites if site.path == "")
+
+    return read
+
+
+def _unexplained(file: str, cls: str, executed: frozenset[Span]) -> bool:
+    """Whether the text of the class holds an add that did not run and is not plainly of numbers."""
+    try:
+        definition = sources.class_of(file, cls) if cls else None
+    except ConversionError:
+        return False
+    if definition is None:
+        return False
+    return any(span not in executed and not code.adds_number(span) for span in adds(file, definition))

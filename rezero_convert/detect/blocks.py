@@ -1,0 +1,340 @@
+"""Which sums are residual blocks: the skip, the branches, the nesting; or the reason why not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from ..capture.trace import Call
+from .flow import Flow
+from .sums import Sum, Term, halves, sums
+
+SkipKind = Literal["identity", "projection", "slice"]
+
+_PRODUCTS = frozenset({"mul", "matmul", "mm", "bmm", "einsum", "baddbmm", "addcmul", "div", "tensordot"})
+_MATRIX_PRODUCTS = _PRODUCTS - {"mul", "div", "addcmul"}
+_NONLINEAR_NAMES = frozenset({"exp", "log", "pow", "square", "sqrt", "abs", "erf", "softmax", "maximum", "minimum", "sin"})
+_LINEAR_KINDS = frozenset({"linear", "norm", "pool", "pad", "layout", "dropout"})
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """A residual branch: everything between the skip and one operand of the sum."""
+
+    term: Term
+    region: tuple[int, ...]
+    """The nodes on paths from the skip (first) to the operand (last)."""
+    cuts: tuple[int, ...]
+    """Those that every path crosses."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A residual block: `skip + branch + ...`."""
+
+    sum: Sum
+    shortcut: Term
+    """The operand that carries the skip."""
+    skip: int
+    """Where skip and branches part: the shortcut's own value, or the input of its projection or slice."""
+    kind: SkipKind
+    branches: tuple[Branch, ...]
+    certain: bool = True
+    """False where shapes were not known (static route)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A sum that is not a residual block, and why."""
+
+    sum: Sum
+    code: str
+    reason: str
+    interest: int = 0
+    """How near it came to being a block; of several reasons the nearest is told."""
+
+
+@dataclass(frozen=True, slots=True)
+class Nested:
+    """A block that gets no gate of its own because of another one."""
+
+    block: Block
+    verdict: Literal["long-skip", "interior"]
+    other: Block
+
+
+def find(flow: Flow) -> tuple[list[Block], list[Refusal], list[Nested]]:
+    """All sums of a graph: blocks to rewrite, refusals, and blocks that contain or are contained in others."""
+    blocks: list[Block] = []
+    refusals: list[Refusal] = []
+    for whole in sums(flow):
+        for result in _classify_whole(flow, whole):
+            if isinstance(result, Block):
+                blocks.append(result)
+            else:
+                refusals.append(result)
+    chosen, nested = _nesting(flow, blocks)
+    return chosen, refusals, nested
+
+
+def _classify_whole(flow: Flow, whole: Sum) -> Iterator[Block | Refusal]:
+    """The sum as one block; failing that, its adds one by one."""
+    result = classify(flow, whole)
+    if isinstance(result, Block) or not whole.inner:
+        yield result
+        return
+    for part in halves(flow, whole):
+        yield from _classify_whole(flow, part)
+
+
+def classify(flow: Flow, whole: Sum) -> Block | Refusal:
+    """Whether the terms of a sum are a skip and residual branches from it."""
+    values = [term.value for term in whole.terms]
+    if len(set(values)) < len(values):
+        return Refusal(whole, "RZ910", "adds a tensor to itself")
+    added = next((term for term in whole.terms if flow.constant[term.value]), None)
+    if added is not None:
+        return Refusal(whole, "RZ907", f"adds {describe(flow, added.value)}, which does not depend on the input")
+    results = [result for term in _by_age(whole.terms) for result in _with_skip(flow, whole, term)]
+    blocks = [result for result in results if isinstance(result, Block)]
+    if blocks:
+        return blocks[0]
+    refusals = [result for result in results if isinstance(result, Refusal)]
+    if refusals:
+        return max(refusals, key=lambda refusal: refusal.interest)
+    return Refusal(whole, "RZ901", "the operands are independent: neither is computed from the other")
+
+
+def _by_age(terms: tuple[Term, ...]) -> list[Term]:
+    return sorted((term for term in terms if not term.negative), key=lambda term: term.value)
+
+
+def _with_skip(flow: Flow, whole: Sum, shortcut: Term) -> Iterator[Block | Refusal]:
+    """The sum read with `shortcut` as the operand that carries the skip."""
+    others = [term for term in whole.terms if term is not shortcut]
+    for start, path in _origins(flow, shortcut.value):
+        if any(start > term.value for term in others):
+            continue
+        branches = tuple(branch for term in others if (branch := _branch(flow, start, term)))
+        if len(branches) == len(others):
+            yield _judge(flow, whole, shortcut, start, path, branches)
+            return
+
+
+def _branch(flow: Flow, start: int, term: Term) -> Branch | None:
+    region = flow.region(start, term.value)
+    return Branch(term, region, flow.cuts(region)) if len(region) > 1 else None
+
+
+def _origins(flow: Flow, value: int) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """The operand's own value, then the values it is a linear function of; with the steps in between, last first."""
+    path: tuple[int, ...] = ()
+    yield value, path
+    owner = owner_call(flow, value)
+    while True:
+        source = _linear_source(flow, value)
+        if source is None:
+            return
+        path = (*path, value)
+        yield source, path
+        if flow.nodes[source] in owner.inputs:
+            return
+        value = source
+
+
+def _linear_source(flow: Flow, node: int) -> int | None:
+    """The one value that `node` is a linear function of, if it is a single step of a shortcut."""
+    sources = [source for source in flow.inputs[node] if not flow.constant[source]]
+    name = flow.name(node)
+    if name == "choice" and sources:  # `x` in one arm, `downsample(x)` in the other
+        first = min(sources)
+        return first if all(source == first or _leads_to(flow, source, first) for source in sources) else None
+    if len(sources) != 1 or flow.constant[node]:
+        return None
+    facts = flow.facts[node]
+    scaled = name in ("mul", "div", "add", "sub", "cat", "neg")
+    return sources[0] if facts.kind in _LINEAR_KINDS or scaled else None
+
+
+def _leads_to(flow: Flow, node: int, target: int) -> bool:
+    """Whether one arm of a choice is a shortcut's projection of the other, be it by a module of unknown class."""
+    unknown = flow.nodes[node].op == "call_module" and flow.facts[node].kind == "other"
+    if unknown and flow.inputs[node] == (target,):
+        return True
+    found: int | None = node
+    while found is not None and found > target:
+        found = _linear_source(flow, found)
+    return found == target
+
+
+def _judge(
+    flow: Flow, whole: Sum, shortcut: Term, skip: int, path: tuple[int, ...], branches: tuple[Branch, ...]
+) -> Block | Refusal:
+    """The conditions of a block, given a skip that every branch is computed from."""
+    for branch in branches:
+        inside = branch.region[1:]
+        if any(_is_upsampling(flow, node) for node in (*inside, *path)):
+            return Refusal(whole, "RZ905", "merges resolutions: there is upsampling between the operands", 3)
+        if not any(has_weight(flow, node) for node in inside):
+            what = describe(flow, branch.term.value)
+            return Refusal(whole, "RZ902", f"no linear or convolution weight between the skip and {what}", 1)
+    if not path:
+        return _same_shape(flow, whole, shortcut, skip, branches)
+    return _projection(flow, whole, shortcut, skip, path, branches)
+
+
+def _same_shape(flow: Flow, whole: Sum, shortcut: Term, skip: int, branches: tuple[Branch, ...]) -> Block | Refusal:
+    sizes = {flow.shape(whole.node), flow.shape(skip)}
+    if None not in sizes and len(sizes) > 1:
+        return Refusal(whole, "RZ906", f"the skip's shape {flow.shape(skip)} is broadcast to {flow.shape(whole.node)}", 2)
+    return Block(whole, shortcut, skip, "identity", branches, certain=None not in sizes)
+
+
+def _projection(
+    flow: Flow, whole: Sum, shortcut: Term, skip: int, path: tuple[int, ...], branches: tuple[Branch, ...]
+) -> Block | Refusal:
+    """A skip through a projection, pool, slice or scale."""
+    operand = describe(flow, shortcut.value)
+    for branch in branches:
+        if not any(_is_nonlinear(flow, node) for node in branch.region[1:]):
+            return Refusal(whole, "RZ903", f"parallel linear paths: {operand} and {describe(flow, branch.term.value)}", 2)
+        split = _elementwise_split(flow, path)
+        if split and not flow.reaches(branch.term.value, skip, avoid=frozenset(split)):
+            return Refusal(whole, "RZ901", f"the branch reads other elements of the split than {operand}", 1)
+    call = owner_call(flow, whole.node)
+    if flow.nodes[skip] not in call.inputs and not _within(flow.origin(skip).call, call):
+        return Refusal(whole, "RZ904", "skip and branch part outside the module that adds them", 1)
+    if not _is_output(flow, whole.node, call):
+        return Refusal(whole, "RZ916", "the sum is not the output of the module that makes it", 2)
+    here, there = flow.shape(whole.node), flow.shape(skip)
+    certain = here is not None and there is not None
+    mere_scale = all(flow.name(node) in ("mul", "div") for node in path)
+    moved = all(flow.facts[node].kind == "layout" and flow.name(node) != "choice" for node in path)
+    if certain and here == there and not (mere_scale or moved):
+        return Refusal(whole, "RZ903", f"a parallel path of the same shape, {operand}, instead of a skip", 2)
+    same = mere_scale or (moved and here == there)
+    kind: SkipKind = "identity" if same else "slice" if moved else "projection"
+    return Block(whole, shortcut, skip, kind, branches, certain)
+
+
+def _elementwise_split(flow: Flow, path: tuple[int, ...]) -> tuple[int, ...]:
+    """The nodes of multi-output splits on a shortcut."""
+    return tuple(node for node in path if flow.name(node) in ("split", "chunk", "unbind", "tensor_split"))
+
+
+def _is_upsampling(flow: Flow, node: int) -> bool:
+    name = flow.name(node)
+    return flow.facts[node].kind == "upsample" or name.startswith(("ConvTranspose", "conv_transpose"))
+
+
+def has_weight(flow: Flow, node: int) -> bool:
+    """Whether the node multiplies by a matrix or kernel that is a parameter."""
+    if flow.facts[node].weight:
+        return True
+    if flow.name(node) not in _MATRIX_PRODUCTS:
+        return False
+    return any(flow.constant[source] and _is_matrix(flow, source) for source in flow.inputs[node])
+
+
+def _is_matrix(flow: Flow, node: int) -> bool:
+    shape = flow.shape(node)
+    return shape is None or sum(size > 1 for size in shape) >= 2
+
+
+def _is_nonlinear(flow: Flow, node: int) -> bool:
+    kind, name = flow.facts[node].kind, flow.name(node)
+    if kind in ("activation", "attention", "recurrent") or name in _NONLINEAR_NAMES:
+        return True
+    if name in _PRODUCTS:
+        return sum(not flow.constant[source] for source in flow.inputs[node]) > 1
+    return flow.nodes[node].op == "call_module" and kind == "other"
+
+
+def owner_call(flow: Flow, node: int) -> Call:
+    """The module execution whose code holds the operation: the one of its frame's `self`, if that is running."""
+    here = flow.origin(node)
+    owner = here.frames[-1].owner if here.frames else None
+    call: Call | None = here.call
+    while call is not None and call.path != owner:
+        call = call.parent
+    return call or here.call
+
+
+def _within(call: Call | None, outer: Call) -> bool:
+    while call is not None:
+        if call is outer:
+            return True
+        call = call.parent
+    return False
+
+
+def _is_output(flow: Flow, node: int, call: Call) -> bool:
+    """Whether a sum leaves its module, at most through an activation, norm, dropout or change of layout."""
+    while flow.nodes[node] not in call.outputs:
+        users = flow.users[node]
+        if len(users) != 1 or flow.facts[users[0]].kind not in ("activation", "norm", "dropout", "layout"):
+            return False
+        node = users[0]
+    return True
+
+
+def _nesting(flow: Flow, blocks: list[Block]) -> tuple[list[Block], list[Nested]]:
+    """Sort out blocks within blocks, outermost first.
+
+    A block whose branch holds joins of its own stream is a long skip: a zero gate there would stop their gradient.
+    Any other block wins over those inside its branches.
+    """
+    at = {block.sum.node: block for block in blocks}
+    chosen: list[Block] = []
+    nested: list[Nested] = []
+    buried: set[int] = set()
+    for node in sorted(at, reverse=True):
+        block = at[node]
+        if node in buried:
+            continue
+        inner = _inner(block, at)
+        if any(_on_stream(flow, other.skip, block.skip, at) for other in inner):
+            nested.append(Nested(block, "long-skip", next(iter(inner))))
+            continue
+        chosen.append(block)
+        for other in inner:
+            if other.sum.node not in buried:
+                buried.add(other.sum.node)
+                nested.append(Nested(other, "interior", block))
+    return chosen[::-1], nested[::-1]
+
+
+def _inner(block: Block, at: dict[int, Block]) -> list[Block]:
+    """The blocks whose sum lies on a branch of `block`."""
+    found = []
+    for branch in block.branches:
+        found += [at[node] for node in branch.region[1:] if node in at]
+    return found
+
+
+def _on_stream(flow: Flow, node: int, start: int, at: dict[int, Block]) -> bool:
+    """Whether `node` is `start` carried along by skips alone."""
+    while node > start:
+        if node in at:
+            node = at[node].skip
+            continue
+        sources = [source for source in flow.inputs[node] if not flow.constant[source]]
+        kind = flow.facts[node].kind
+        carries = kind in ("layout", "dropout") or (kind in ("activation", "norm") and sources and sources[0] in at)
+        if len(sources) != 1 or not carries:
+            return False
+        node = sources[0]
+    return node == start
+
+
+def describe(flow: Flow, node: int) -> str:
+    """A value as a reader knows it: module path or operation."""
+    target = flow.nodes[node]
+    if target.op == "placeholder":
+        return f"the input {target.name}"
+    if target.op in ("get_attr", "call_module"):
+        return str(target.target)
+    if node in flow.steps:
+        return flow.steps[node].path
+    return f"{flow.name(node)}(...)"

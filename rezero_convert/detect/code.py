@@ -1,0 +1,224 @@
+"""Questions about the source text behind a finding: how an operand, a call or an attribute is written."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from functools import lru_cache
+
+from .. import sources
+from ..capture.facts import operation
+from ..errors import ConversionError
+from ..plan import Operand, Span
+
+_ADD_CALLS = frozenset({"add", "sub"})
+
+
+@lru_cache(maxsize=4096)
+def line(span: Span) -> str:
+    """The source line of a span, stripped; "" if there is no text."""
+    try:
+        rows = sources.lines(span.file)
+    except ConversionError:
+        return ""
+    return rows[span.line - 1].strip() if span.line <= len(rows) else ""
+
+
+@lru_cache(maxsize=4096)
+def expression(span: Span) -> ast.AST | None:
+    """The syntax at a span; None where there is no text."""
+    try:
+        return sources.expression(span)
+    except ConversionError:
+        return None
+
+
+@lru_cache(maxsize=4096)
+def operand(at: Operand) -> ast.expr | None:
+    """The expression of an operand (see `Operand` for what its index means)."""
+    node = expression(at.span)
+    if isinstance(node, ast.BinOp):
+        return {0: node.left, 1: node.right}.get(at.index) if isinstance(at.index, int) else None
+    if isinstance(node, ast.AugAssign):
+        return {0: node.target, 1: node.value}.get(at.index) if isinstance(at.index, int) else None
+    if isinstance(node, ast.Call):
+        return _argument(node, at.index)
+    return None
+
+
+def _argument(call: ast.Call, index: int | str) -> ast.expr | None:
+    if isinstance(index, str):
+        return next((keyword.value for keyword in call.keywords if keyword.arg == index), None)
+    places: list[ast.expr] = list(call.args)
+    if is_method(call):
+        assert isinstance(call.func, ast.Attribute)
+        places.insert(0, call.func.value)
+    if index >= len(places) or any(isinstance(place, ast.Starred) for place in places[: index + 1]):
+        return None
+    return places[index]
+
+
+_FUNCTION_HOLDERS = frozenset({"torch", "F", "functional", "operator", "nn", "special", "math"})
+
+
+def is_method(call: ast.Call) -> bool:
+    """Whether a call of a torch operation is written as a method of a tensor, `x.add(y)`.
+
+    Told from a function of a module, `torch.add(x, y)`, by the name before the dot: a module imported in the file.
+    """
+    if not isinstance(call.func, ast.Attribute):
+        return False
+    base = call.func.value
+    while isinstance(base, ast.Attribute):
+        base = base.value
+    return not (isinstance(base, ast.Name) and base.id in _FUNCTION_HOLDERS)
+
+
+def is_add(span: Span) -> bool:
+    """Whether the text at a span is an add whose operands can be edited."""
+    node = expression(span)
+    if isinstance(node, (ast.BinOp, ast.AugAssign)):
+        return isinstance(node.op, (ast.Add, ast.Sub))
+    if isinstance(node, ast.Call):
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        return operation(name) in _ADD_CALLS
+    return False
+
+
+def adds_number(span: Span) -> bool:
+    """Whether one side of an add is written as a number, a string or a length."""
+    node = expression(span)
+    sides = (node.left, node.right) if isinstance(node, ast.BinOp) else (node.value,) if isinstance(node, ast.AugAssign) else ()
+    return any(_is_number(side) for side in sides)
+
+
+def _is_number(node: ast.expr) -> bool:
+    if isinstance(node, ast.UnaryOp):
+        return _is_number(node.operand)
+    if isinstance(node, ast.BinOp):
+        return _is_number(node.left) or _is_number(node.right)
+    if isinstance(node, ast.Call):
+        return isinstance(node.func, ast.Name) and node.func.id in ("len", "int", "float", "round", "str")
+    if isinstance(node, ast.Subscript):
+        return isinstance(node.value, ast.Attribute) and node.value.attr == "shape"
+    return isinstance(node, (ast.Constant, ast.JoinedStr, ast.List, ast.Tuple, ast.ListComp))
+
+
+@lru_cache(maxsize=4096)
+def text(at: Operand) -> str:
+    """An operand as written, on one line."""
+    node = operand(at)
+    if node is None:
+        return ""
+    return " ".join(sources.segment(sources.span_of(at.span.file, node)).split())
+
+
+@lru_cache(maxsize=4096)
+def callee(span: Span) -> str | None:
+    """What the call at a span calls, as a path on `self`: `self.mlp.norm(x)` gives "mlp.norm"; None for other callees."""
+    node = expression(span)
+    if not isinstance(node, ast.Call) or not node.args:
+        return None
+    names = []
+    target = node.func
+    while isinstance(target, ast.Attribute):
+        names.append(target.attr)
+        target = target.value
+    return ".".join(reversed(names)) if isinstance(target, ast.Name) and target.id == "self" and names else None
+
+
+@lru_cache(maxsize=4096)
+def uses(file: str, qualname: str, attribute: str) -> tuple[tuple[Span, ...], tuple[Span, ...]]:
+    """Where a class's methods call `self.<attribute>(...)`, and where they read it otherwise.
+
+    What only construction runs does not count: `__init__` and methods that nothing else calls, and arguments of
+    initialisers (`nn.init.constant_(self.norm1.weight, 0)`).
+
+    Returns:
+        The spans of the calls and of the other reads.
+    """
+    definition = sources.class_of(file, qualname)
+    if definition is None:
+        return (), ()
+    calls, reads = [], []
+    methods = [node for node in definition.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    construction = _construction(methods)
+    for method in methods:
+        if method.name in construction:
+            continue
+        called = set()
+        for node in ast.walk(method):
+            if isinstance(node, ast.Call) and _initialises(node) and method.name != "forward":
+                called |= {id(part) for argument in node.args for part in ast.walk(argument)}
+            if isinstance(node, ast.Call) and _is_self_path(node.func, attribute):
+                calls.append(sources.span_of(file, node))
+                called.add(id(node.func))
+        for node in ast.walk(method):
+            if id(node) not in called and _is_self_path(node, attribute):
+                assert isinstance(node, ast.Attribute)
+                if isinstance(node.ctx, ast.Load):
+                    reads.append(sources.span_of(file, node))
+    return tuple(calls), tuple(reads)
+
+
+def _construction(methods: list[ast.FunctionDef | ast.AsyncFunctionDef]) -> set[str]:
+    """The methods that only `__init__` comes to, itself included."""
+    callers: dict[str, set[str]] = {}
+    for method in methods:
+        for node in ast.walk(method):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
+                callers.setdefault(node.attr, set()).add(method.name)
+    found = {"__init__"}
+    while more := {m.name for m in methods if m.name not in found and callers.get(m.name, {""}) <= found}:
+        found |= more
+    return found
+
+
+def _initialises(call: ast.Call) -> bool:
+    """Whether a call is an initialiser by the convention of `torch.nn.init`: a function whose name ends in one "_"."""
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    return name.endswith("_") and not name.endswith("__")
+
+
+def _is_self_path(node: ast.AST, path: str) -> bool:
+    for name in reversed(path.split(".")):
+        if not isinstance(node, ast.Attribute) or node.attr != name:
+            return False
+        node = node.value
+    return isinstance(node, ast.Name) and node.id == "self"
+
+
+@lru_cache(maxsize=4096)
+def definitions(cls: type) -> tuple[tuple[str, str], ...]:
+    """File and qualified name of a class and of those of its bases that are written outside `torch.nn.Module`."""
+    found = []
+    for base in cls.__mro__:
+        if base.__module__ in ("builtins", "torch.nn.modules.module", "abc", "typing"):
+            continue
+        try:
+            file = inspect.getsourcefile(base)
+        except (TypeError, OSError):
+            continue
+        if file is not None:
+            found.append((file, base.__qualname__))
+    return tuple(found)
+
+
+@lru_cache(maxsize=4096)
+def assigned(file: str, qualname: str) -> frozenset[str]:
+    """The attributes that a class's own code sets on `self`, and the names in its body."""
+    definition = sources.class_of(file, qualname)
+    if definition is None:
+        return frozenset()
+    names = {node.attr for node in ast.walk(definition) if _is_store(node)}
+    for statement in definition.body:
+        if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names.add(statement.name)
+        elif isinstance(statement, (ast.Assign, ast.AnnAssign)):
+            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+            names |= {target.id for target in targets if isinstance(target, ast.Name)}
+    return frozenset(names)
+
+
+def _is_store(node: ast.AST) -> bool:
+    return isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)

@@ -1,0 +1,151 @@
+"""A trace as data flow: who depends on whose values, with norm and activation modules seen as one step.
+
+Nodes are numbered in execution order and every analysis works on these numbers. Dependence does not pass through
+shapes, integer and boolean tensors, masks, indices, `detach` or `zeros_like`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import fx
+
+from ..capture.facts import Facts, operation
+from ..capture.trace import Call, Origin, Trace, origin
+from .patterns import summaries
+
+# Results carry no values of their operands.
+_DETACHED = frozenset(
+    "detach zeros_like ones_like empty_like full_like rand_like randn_like randint_like new_zeros new_ones new_empty "
+    "new_full new_tensor eq ne lt le gt ge isnan isinf isfinite logical_not logical_and logical_or argmax argmin "
+    "argsort bernoulli size shape numel nonzero stop_gradient".split()
+)
+# Only the first operand's values reach the result; the others give shapes, indices or masks.
+_FIRST = frozenset(
+    "view_as expand_as reshape_as type_as index_select gather take_along_dim masked_fill masked_select getitem "
+    "repeat_interleave topk".split()
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Flow:
+    """Data flow over the nodes of a trace, by number."""
+
+    trace: Trace
+    nodes: tuple[fx.Node, ...]
+    index: dict[fx.Node, int]
+    inputs: tuple[tuple[int, ...], ...]
+    """Per node, the nodes whose values its own depends on."""
+    users: tuple[tuple[int, ...], ...]
+    facts: tuple[Facts, ...]
+    """Of the node, or of the module call that it ends if that is one step."""
+    steps: dict[int, Call]
+    """Module calls seen as one step (custom norms and activations), by their last node."""
+    constant: tuple[bool, ...]
+    """Depends on parameters and constants only, on no input of the model, be it as an index."""
+
+    def origin(self, node: int) -> Origin:
+        return origin(self.nodes[node])
+
+    def shape(self, node: int) -> tuple[int, ...] | None:
+        return self.origin(node).shape
+
+    def name(self, node: int) -> str:
+        """The operation's plain name: "add", "layer_norm", or the module's class."""
+        target = self.nodes[node]
+        return self.facts[node].type if target.op == "call_module" else operation(target.target)
+
+    def parameter(self, node: int) -> str | None:
+        """The path of the parameter or buffer, if the node is one."""
+        target = self.nodes[node]
+        return str(target.target) if target.op == "get_attr" else None
+
+    def reaches(self, target: int, start: int, *, avoid: frozenset[int] = frozenset()) -> bool:
+        """Whether the value of `target` depends on that of `start`, by a path around `avoid`."""
+        seen = {target}
+        stack = [target]
+        while stack:
+            node = stack.pop()
+            if node == start:
+                return True
+            for source in self.inputs[node]:
+                if source >= start and source not in seen and source not in avoid:
+                    seen.add(source)
+                    stack.append(source)
+        return False
+
+    def region(self, start: int, end: int) -> tuple[int, ...]:
+        """The nodes on data paths from `start` to `end`, both included, in order; empty if there is none."""
+        seen = {end}
+        stack = [end]
+        while stack:
+            for source in self.inputs[stack.pop()]:
+                if source >= start and source not in seen:
+                    seen.add(source)
+                    stack.append(source)
+        found: set[int] = set()
+        for node in sorted(seen):
+            if node == start or any(source in found for source in self.inputs[node]):
+                found.add(node)
+        return tuple(sorted(found)) if end in found else ()
+
+    def cuts(self, region: tuple[int, ...]) -> tuple[int, ...]:
+        """The nodes that every path through `region` crosses, its first excepted."""
+        position = {node: i for i, node in enumerate(region)}
+        found = []
+        furthest = 0
+        for i, node in enumerate(region):
+            if i and furthest <= i:
+                found.append(node)
+            furthest = max([furthest, *(position[user] for user in self.users[node] if user in position)])
+        return tuple(found)
+
+
+def flow(trace: Trace) -> Flow:
+    """The data flow of a trace."""
+    nodes = tuple(node for node in trace.graph.nodes if node.op != "output")
+    index = {node: i for i, node in enumerate(nodes)}
+    facts = [origin(node).facts for node in nodes]
+    inputs = [tuple(dict.fromkeys(index[source] for source in data_inputs(node))) for node in nodes]
+    steps: dict[int, Call] = {}
+    for summary in summaries(trace):
+        end, entry = index[summary.end], index[summary.entry]
+        facts[end], inputs[end], steps[end] = summary.facts, (entry,), summary.call
+    users: list[list[int]] = [[] for _ in nodes]
+    constant: list[bool] = []
+    for i, node in enumerate(nodes):
+        detached = node.op in ("call_function", "call_method") and operation(node.target) in _DETACHED
+        read = () if detached else inputs[i] if i in steps else map(index.__getitem__, node.all_input_nodes)
+        constant.append(node.op != "placeholder" and all(constant[source] for source in read))
+        for source in inputs[i]:
+            users[source].append(i)
+    return Flow(
+        trace, nodes, index, tuple(inputs), tuple(map(tuple, users)), tuple(facts), steps, tuple(constant)
+    )
+
+
+def data_inputs(node: fx.Node) -> Iterable[fx.Node]:
+    """The inputs whose values, not shapes or truth, make up the node's."""
+    if node.op in ("placeholder", "get_attr"):
+        return ()
+    sources = node.all_input_nodes
+    if node.op != "call_module":
+        name = operation(node.target)
+        if name in _DETACHED:
+            return ()
+        if name in _FIRST:
+            sources = sources[:1]
+        elif name == "where" and len(node.args) > 1:
+            sources = [source for source in node.args[1:] if isinstance(source, fx.Node)]
+        elif name == "embedding":
+            sources = [source for source in sources if source.op == "get_attr"]
+        elif name == "scaled_dot_product_attention":
+            mask = node.kwargs.get("attn_mask")
+            sources = [source for source in sources if source is not mask and source not in node.args[3:]]
+    return [source for source in sources if _has_values(source)]
+
+
+def _has_values(node: fx.Node) -> bool:
+    dtype = origin(node).dtype
+    return dtype is None or dtype.is_floating_point or dtype.is_complex

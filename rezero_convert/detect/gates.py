@@ -1,0 +1,209 @@
+"""What scales a branch already: learnable gates, constants, gates computed from the input, zero-initialised layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import fx, nn
+
+from ..capture.trace import Call
+from ..plan import Repair
+from .blocks import Branch
+from .flow import Flow
+
+_ZERO_AT_ZERO = frozenset({"tanh", "sin", "neg"})
+_GATE_STEPS = frozenset({"mul", "div"})
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A gate at the end of a branch."""
+
+    kind: Literal["scalar", "channel", "input"]
+    """scalar and channel: a parameter. input: computed from the input by a layer that is zero now (adaLN-Zero)."""
+    parameter: str
+    """Path of the parameter, or of the layer that computes the gate."""
+    node: int
+    """The multiplication."""
+    zero: bool | None
+    """Whether it is zero now; None where values are not known."""
+    root: int = -1
+    """The parameter's node; -1 for an input-dependent gate."""
+    conditional: bool = False
+    """Made by the class under a condition only (known on the static route)."""
+
+
+def existing(flow: Flow, branch: Branch) -> Found | None:
+    """The learnable gate that a branch ends in: LayerScale, SkipInit, `gamma * F(x)`.
+
+    Looked for upwards from the sum, through dropout, changes of layout and constant factors.
+    """
+    node = branch.term.value
+    skip = branch.region[0]
+    while node > skip:
+        if flow.name(node) in _GATE_STEPS and node not in flow.steps:
+            for factor in flow.inputs[node]:
+                found = _gate(flow, node, factor)
+                if found is not None:
+                    return found
+        above = _same_scale(flow, node)
+        if above is None:
+            return None
+        node = above
+    return None
+
+
+def _same_scale(flow: Flow, node: int) -> int | None:
+    """The value that `node` passes on up to a constant factor, dropout or layout."""
+    sources = [source for source in flow.inputs[node] if not flow.constant[source]]
+    if flow.name(node) == "choice" and sources:
+        return max(sources)
+    steps = flow.name(node) in _GATE_STEPS or flow.facts[node].kind in ("layout", "dropout")
+    return sources[0] if len(sources) == 1 and steps else None
+
+
+def _gate(flow: Flow, product: int, factor: int) -> Found | None:
+    """The gate that `factor` is in `product`, if it is one."""
+    if flow.constant[factor]:
+        roots = _parameters(flow, factor)
+        if len(roots) != 1 or not _vanishes_with(flow, factor, roots[0]):
+            return None
+        path = flow.parameter(roots[0]) or ""
+        value = parameter(flow, path)
+        if value is not None and not isinstance(value, nn.Parameter):
+            return None
+        shape = flow.shape(roots[0])
+        numel = None if shape is None else torch.Size(shape).numel()
+        if numel is not None and shape is not None and numel > max(shape, default=1):
+            return None  # a matrix of weights, not a gate
+        zero = is_zero(value) if value is not None else flow.nodes[roots[0]].meta.get("zero")
+        return Found("scalar" if numel == 1 else "channel", path, product, zero, roots[0], _is_conditional(flow, product, roots[0]))
+    layer = _computing_layer(flow, factor)
+    if layer is None:
+        return None
+    return Found("input", layer, product, True)
+
+
+def _is_conditional(flow: Flow, product: int, root: int) -> bool:
+    call: Call | None = flow.origin(product).call
+    while call is not None and call.parent is not None:
+        if call.facts.optional:
+            return True
+        call = call.parent
+    return bool(flow.nodes[root].meta.get("conditional"))
+
+
+def _parameters(flow: Flow, node: int) -> list[int]:
+    """The parameters and buffers that a constant value is computed from."""
+    found, seen, stack = [], {node}, [node]
+    while stack:
+        here = stack.pop()
+        if flow.nodes[here].op == "get_attr":
+            found.append(here)
+        for source in flow.inputs[here]:
+            if source not in seen:
+                seen.add(source)
+                stack.append(source)
+    return found
+
+
+def _vanishes_with(flow: Flow, node: int, root: int) -> bool:
+    """Whether a value computed from one parameter is zero when that is."""
+    while node != root:
+        sources = flow.inputs[node]
+        if len(sources) != 1 or not (
+            flow.facts[node].kind == "layout" or flow.name(node) in _GATE_STEPS | _ZERO_AT_ZERO
+        ):
+            return False
+        node = sources[0]
+    return True
+
+
+def _computing_layer(flow: Flow, node: int) -> str | None:
+    """The linear layer, zero in all parameters now, whose output `node` is a part of."""
+    while True:
+        if flow.facts[node].kind == "linear" and flow.nodes[node].op == "call_module":
+            path = str(flow.nodes[node].target)
+            module = _module(flow, path)
+            parameters = [] if module is None else list(module.parameters(recurse=False))
+            return path if parameters and all(is_zero(value) for value in parameters) else None
+        sources = flow.inputs[node]
+        if len(sources) != 1 or flow.facts[node].kind != "layout":
+            return None
+        node = sources[0]
+
+
+def repairs(flow: Flow, branch: Branch, dropped: frozenset[str]) -> Iterator[Repair]:
+    """The zero-initialised layers that make a branch zero as a whole, with what undoes that.
+
+    Only layers that every path of the branch crosses count; norms in `dropped` are on their way out.
+    """
+    for node in branch.cuts:
+        target = flow.nodes[node]
+        if target.op == "call_module" and str(target.target) not in dropped:
+            yield from _layer_repairs(flow, str(target.target), flow.facts[node].kind)
+        elif target.op != "call_module" and flow.facts[node].kind in ("linear", "norm"):
+            yield from _function_repairs(flow, node)
+
+
+def _layer_repairs(flow: Flow, path: str, kind: str) -> Iterator[Repair]:
+    module = _module(flow, path)
+    if module is None or kind not in ("norm", "linear", "attention"):
+        return
+    last = getattr(module, "out_proj", module) if kind == "attention" else module
+    name = f"{path}.out_proj" if last is not module else path
+    weight, bias = getattr(last, "weight", None), getattr(last, "bias", None)
+    if is_zero(weight) and (bias is None or is_zero(bias)):
+        yield Repair(f"{name}.weight", "ones" if kind == "norm" else "reset")
+
+
+def _function_repairs(flow: Flow, node: int) -> Iterator[Repair]:
+    """A functional layer whose weight is a zero parameter, or computed as a product with one (NF-ResNet's `gain`)."""
+    weight = _weight_of(flow, node)
+    if weight is None:
+        return
+    for root in _parameters(flow, weight):
+        path = flow.parameter(root) or ""
+        value = parameter(flow, path)
+        if isinstance(value, nn.Parameter) and is_zero(value):
+            yield Repair(path, "reset" if root == weight and flow.facts[node].kind == "linear" else "ones")
+
+
+def _weight_of(flow: Flow, node: int) -> int | None:
+    """The constant operand that a functional layer multiplies by, if no other operand adds to the result."""
+    target = flow.nodes[node]
+    others = [target.kwargs.get(name) for name in ("weight", "bias")]
+    place = 3 if flow.name(node) == "batch_norm" else 2 if flow.name(node) in ("layer_norm", "rms_norm", "group_norm") else 1
+    given = [others[0] or (target.args[place] if len(target.args) > place else None)]
+    given.append(others[1] or (target.args[place + 1] if len(target.args) > place + 1 else None))
+    weight, bias = (flow.index[value] if isinstance(value, fx.Node) else None for value in given)
+    if bias is not None and not all(is_zero(parameter(flow, flow.parameter(root) or "")) for root in _parameters(flow, bias)):
+        return None
+    return weight if weight is not None and flow.constant[weight] else None
+
+
+def is_zero(value: object) -> bool:
+    """Whether a tensor with values is all zeros; reads the whole only when its beginning is."""
+    if not isinstance(value, torch.Tensor) or value.is_meta or not value.numel():
+        return False
+    with torch.no_grad():
+        return not bool(value.detach().flatten()[:8].any()) and not bool(value.detach().any())
+
+
+def parameter(flow: Flow, path: str) -> torch.Tensor | None:
+    """The live parameter or buffer at a path, None on the static route."""
+    module = _module(flow, path.rpartition(".")[0])
+    value = getattr(module, path.rpartition(".")[2], None) if module is not None else None
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def _module(flow: Flow, path: str) -> nn.Module | None:
+    if flow.trace.model is None:
+        return None
+    try:
+        return flow.trace.model.get_submodule(path)
+    except AttributeError:
+        return None

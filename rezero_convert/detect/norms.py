@@ -1,0 +1,188 @@
+"""Which normalizations belong to a block, which of them go, and how each can be taken out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from ..capture.trace import Frame, origin
+from ..plan import Norm, NormAction, Operand, Options, Span
+from . import code
+from .blocks import Block, Branch, has_weight
+from .flow import Flow
+
+Position = Literal["pre", "inside", "end", "post"]
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A normalization of a block, before it is decided what happens to it."""
+
+    node: int
+    position: Position
+    norm: Norm
+
+
+def of_branch(flow: Flow, branch: Branch, block: Block, options: Options) -> Iterator[Member]:
+    """The norms that every path of a branch crosses."""
+    crossed = [node for node in branch.cuts if flow.facts[node].kind == "norm"]
+    weighted = [i for i, node in enumerate(branch.region) if i and has_weight(flow, node)]
+    order = {node: i for i, node in enumerate(branch.region)}
+    inside = {node for other in block.branches for node in other.region} | {block.sum.node, *block.sum.inner}
+    for node in crossed:
+        place = order[node]
+        position: Position = "pre" if place < weighted[0] else "end" if place > weighted[-1] else "inside"
+        readers = [user for user in flow.users[node] if user not in inside]
+        yield Member(node, position, _decide(flow, node, position, readers, options))
+
+
+def after(flow: Flow, node: int, options: Options) -> Member:
+    """The norm of the sum, post-norm."""
+    return Member(node, "post", _decide(flow, node, "post", [], options))
+
+
+def _decide(flow: Flow, node: int, position: Position, readers: list[int], options: Options) -> Norm:
+    facts = flow.facts[node]
+    kind = facts.norm or "layer"
+    path = _path(flow, node)
+    frame = _frame(flow, node)
+    at = Operand(frame.place, frame.span, 0) if frame is not None else None
+    norm = Norm(path, facts.type, kind, position, "keep", "", at=at)
+    if kind not in options.drop_norm:
+        return _with(norm, "keep", f"{kind}-type norms stay")
+    if readers:
+        return _with(norm, "keep", "its output is also read outside the branch")
+    if not path:
+        return _functional(flow, node, norm)
+    if flow.trace.model is None and frame is not None and frame.place.file != _file(flow):
+        return _with(norm, "keep", f"its call is in another file, {frame.span}")
+    attribute = code.callee(frame.span) if frame is not None else None
+    owned = attribute is not None and frame is not None and _same(flow, frame.owner, attribute, path)
+    if _is_fused(flow, node):
+        return _with(norm, "unfuse", f"{kind}-type norm dropped, its activation stays", bias=_bias(flow, node, path))
+    if owned and attribute is not None:
+        return _with(norm, "bypass", f"{kind}-type norm dropped", attribute, _bias(flow, node, path))
+    return _with(norm, "slot", f"{kind}-type norm dropped", "", _bias(flow, node, path))
+
+
+def _file(flow: Flow) -> str | None:
+    """The file that a static trace is of."""
+    return next((frames[-1].place.file for node in flow.nodes if (frames := origin(node).frames)), None)
+
+
+def _with(norm: Norm, action: NormAction, reason: str, attribute: str = "", bias: str = "") -> Norm:
+    return Norm(norm.path, norm.type, norm.kind, norm.position, action, reason, norm.at, attribute, bias)
+
+
+def _functional(flow: Flow, node: int, norm: Norm) -> Norm:
+    if any(flow.constant[source] for source in flow.inputs[node]):
+        return _with(norm, "keep", "functional norm with parameters of its module, which would be left unused")
+    if norm.at is None or code.operand(norm.at) is None:
+        return _with(norm, "keep", "functional norm whose call is not found in the text")
+    return _with(norm, "bypass", f"{norm.kind}-type norm dropped")
+
+
+def _path(flow: Flow, node: int) -> str:
+    if node in flow.steps:
+        return flow.steps[node].path
+    return str(flow.nodes[node].target) if flow.nodes[node].op == "call_module" else ""
+
+
+def _frame(flow: Flow, node: int) -> Frame | None:
+    frames = flow.steps[node].frames if node in flow.steps else flow.origin(node).frames
+    return frames[0] if frames else None
+
+
+def _same(flow: Flow, owner: str | None, attribute: str, path: str) -> bool:
+    """Whether `self.<attribute>` of the owner is the module at `path`."""
+    if owner is None:
+        return False
+    here = f"{owner}.{attribute}" if owner else attribute
+    if here == path or flow.trace.model is None:
+        return here == path
+    module = _module(flow.trace.model, here)
+    return module is not None and module is _module(flow.trace.model, path)
+
+
+def _module(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _is_fused(flow: Flow, node: int) -> bool:
+    """Whether the norm module also applies an activation or dropout of its own."""
+    if flow.trace.model is None:
+        return flow.facts[node].fused
+    module = _module(flow.trace.model, _path(flow, node))
+    return module is not None and any(not isinstance(child, nn.Identity) for child in module.children())
+
+
+def _bias(flow: Flow, node: int, path: str) -> str:
+    """The layer without bias in front of a norm that had one."""
+    if flow.trace.model is None:
+        return ""
+    norm = _module(flow.trace.model, path)
+    if getattr(norm, "bias", None) is None:
+        return ""
+    source = flow.inputs[node][0]
+    while flow.facts[source].kind == "layout" and len(flow.inputs[source]) == 1:
+        source = flow.inputs[source][0]
+    if flow.nodes[source].op != "call_module":
+        return ""
+    layer = str(flow.nodes[source].target)
+    module = _module(flow.trace.model, layer)
+    plain = isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
+    return layer if plain and module is not None and module.bias is None else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A norm with the classes whose code may use it: file and qualified name of each."""
+
+    norm: Norm
+    definitions: tuple[tuple[str, str], ...]
+    dead_reads: bool = False
+    """The classes read the norm's attributes only where a converted instance never comes."""
+
+
+def settle(held: list[Held], arms: frozenset[Span] = frozenset()) -> dict[Norm, Norm]:
+    """Which drops hold, given all of a model: a norm can go only if nothing else reads or calls it.
+
+    Args:
+        held: every norm of every block.
+        arms: calls on paths that did not run, which the plan bypasses as well.
+
+    Returns:
+        For each norm its final form: as it was, or kept with the reason.
+    """
+    dropped: dict[str, set[Span]] = {}
+    kept: dict[str, str] = {}
+    for norm in (one.norm for one in held):
+        if norm.action == "keep" and norm.path:
+            kept.setdefault(norm.path, norm.reason)
+        elif norm.at is not None:
+            dropped.setdefault(norm.path, set()).add(norm.at.span)
+    result = {}
+    for one in held:
+        norm = one.norm
+        reason = kept.get(norm.path) if norm.action != "keep" and norm.path else None
+        if norm.action == "bypass" and norm.attribute and reason is None:
+            reason = _other_use(one, dropped[norm.path] | arms)
+        result[norm] = norm if reason is None else _with(norm, "keep", reason)
+    return result
+
+
+def _other_use(held: Held, bypassed: set[Span]) -> str | None:
+    for file, qualname in held.definitions:
+        calls, reads = code.uses(file, qualname, held.norm.attribute)
+        if reads and not held.dead_reads:
+            return f"its attributes are read at {reads[0]}"
+        left = [span for span in calls if span not in bypassed]
+        if left:
+            return f"it is also called at {left[0]}"
+    return None

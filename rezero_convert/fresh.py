@@ -1,0 +1,89 @@
+"""Proof of a rewritten file in a process that has seen nothing else: import it, build the model, validate."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .errors import ConversionError
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What a fresh process found."""
+
+    ok: bool
+    text: str
+    """The validation, printed; the error, if it did not come to that."""
+    details: dict[str, Any]
+    """`Validation.to_dict()`; empty after an error."""
+
+
+def prove(file: Path, rewritten: str, model: str, inputs: str | None) -> Proof:
+    """Import `rewritten` in the place of `file` in a fresh process, and validate the model built from it.
+
+    Raises:
+        ConversionError: the rewritten text cannot be imported, the model not built, or not run.
+    """
+    with tempfile.TemporaryDirectory(prefix="rezero_convert_") as folder:
+        text_file, result_file = Path(folder, file.name), Path(folder, "result.json")
+        text_file.write_bytes(rewritten.encode())
+        request = {"file": str(file), "text": str(text_file), "model": model, "inputs": inputs, "to": str(result_file)}
+        run = subprocess.run(
+            [sys.executable, "-m", __name__, json.dumps(request)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(_import_path())},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        if not result_file.exists():
+            last = run.stdout.strip().splitlines()[-1:] or [f"exit code {run.returncode}"]
+            raise ConversionError(f"{file}: the rewritten file fails in a fresh process: {last[0]}")
+        found = json.loads(result_file.read_text())
+    if "error" in found:
+        raise ConversionError(f"{file}: the rewritten file fails in a fresh process: {found['error']}")
+    return Proof(found["ok"], found["text"], found["details"])
+
+
+def main(request: str) -> int:
+    """The fresh process: answers in the file that the request names."""
+    asked = json.loads(request)
+    try:
+        answer = _validate(asked)
+    except ConversionError as error:
+        answer = {"error": str(error).replace(asked["text"], asked["file"])}
+    Path(asked["to"]).write_text(json.dumps(answer))
+    return 0
+
+
+def _validate(asked: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    from .targets import evaluate, load, model_of, quiet_stdout
+    from .validate import validate
+
+    torch.manual_seed(0)
+    namespace = vars(load(Path(asked["file"]), Path(asked["text"])))
+    model = model_of("--model", asked["model"], namespace)
+    inputs = None if asked["inputs"] is None else evaluate("--inputs", asked["inputs"], namespace)
+    with quiet_stdout():
+        found = validate(model, inputs)
+    return {"ok": bool(found.ok), "text": str(found), "details": found.to_dict()}
+
+
+def _import_path() -> list[str]:
+    """This package's own folder, then what this process imports from: the fresh one must find the same modules."""
+    own = str(Path(__file__).resolve().parent.parent)
+    return [own, *(entry for entry in sys.path if entry and entry != own)]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,25 @@
+"""Knowledge of particular classes, where structure alone cannot tell: one row each, with its reason."""
+
+from __future__ import annotations
+
+import inspect
+
+from torch import nn
+
+FAST_PATHS: tuple[tuple[type[nn.Module], str, str], ...] = (
+    # In eval mode without gradients both call fused kernels with the raw weights of norms and layers, past every
+    # rewritten line. The flag is the first condition they test, so the norms' attributes are not read either.
+    (nn.TransformerEncoderLayer, "torch.backends.mha.get_fastpath_enabled()", "False"),
+    (nn.TransformerEncoder, "torch.backends.mha.get_fastpath_enabled()", "False"),
+)
+"""(class, expression in its `forward`, what a converted instance has in its place)."""
+
+
+def reads_are_dead(cls: type) -> bool:
+    """Whether a class reads its norms' attributes only on a fast path that conversion switches off."""
+    return issubclass(cls, tuple(row[0] for row in FAST_PATHS))
+
+
+def text_is_of_torch(file: str, qualname: str) -> bool:
+    """Whether a class read from text is one of those."""
+    return any(inspect.getsourcefile(row[0]) == file and row[0].__qualname__ == qualname for row in FAST_PATHS)

@@ -1,0 +1,232 @@
+"""The vocabulary every stage shares: what was found, what was decided, where.
+
+Records only, all frozen, no torch and no libcst. Detection makes a `Plan`; the rewriters carry it out and
+decide nothing; reports print it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+NormKind = Literal["layer", "batch", "group", "instance"]
+NORM_KINDS: tuple[NormKind, ...] = ("layer", "batch", "group", "instance")
+
+Verdict = Literal["converted", "gated", "refused", "long-skip", "interior", "not-executed", "hidden"]
+"""converted: rewritten. gated: already a ReZero block, left alone. refused: not a residual block, or one that cannot
+be rewritten; `Site.reason` says which. long-skip: spans blocks of its own stream. interior: inside another block's
+branch. not-executed: in a method that ran, on a path that did not. hidden: seen in the dispatcher only."""
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Span:
+    """A range of source text. Lines count from 1, columns are UTF-8 byte offsets from 0 (as in `ast` and `co_positions`)."""
+
+    file: str
+    line: int
+    col: int
+    end_line: int
+    end_col: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}:{self.col + 1}"
+
+    def contains(self, other: Span) -> bool:
+        """Whether `other` lies within this range (equal ranges do)."""
+        return (
+            self.file == other.file
+            and (self.line, self.col) <= (other.line, other.col)
+            and (other.end_line, other.end_col) <= (self.end_line, self.end_col)
+        )
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Place:
+    """The outermost function (a method, or a function of a module) whose text holds a span."""
+
+    module: str
+    """Python module name."""
+    qualname: str
+    """Qualified name of the method: `Block.forward`; nested functions belong to their method."""
+    file: str
+    line: int
+    """First line, decorators included (`co_firstlineno`)."""
+
+    @property
+    def name(self) -> str:
+        return self.qualname.rpartition(".")[2]
+
+    @property
+    def cls(self) -> str:
+        """Qualified name of the class that defines the method, "" for a plain function."""
+        return self.qualname.rpartition(".")[0]
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class Operand:
+    """One operand of the expression at `span` in the text of `place`.
+
+    `index` is 0 or 1 for the left or right side of a binary operation or augmented assignment; for a call, the
+    position among the positional arguments or a keyword's name; for a method call of a tensor (`x.add_(y)`), 0 is the
+    receiver and arguments count from 1.
+    """
+
+    place: Place
+    span: Span
+    index: int | str
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """The gate of one residual branch."""
+
+    at: Operand | None
+    """The operand of the sum that is scaled; None when `existing`."""
+    alpha: str
+    """Attribute of the owner: `alpha_attn`; for an existing gate its path from the owner: `ls1.gamma`."""
+    child: str
+    """The owner's child that holds the branch's last weight ("" if none); the source route writes the alpha below it."""
+    branch: str
+    """The branch as written in the source."""
+    existing: bool = False
+    """The gate was in the model; only its value changes."""
+    conditional: bool = False
+    """An existing gate that the class makes only under a condition (source route: the alpha is added all the same)."""
+    init: float | None = 0.0
+    """Start value; None leaves the present one (trained or preserved)."""
+    shape: tuple[int, ...] = (1,)
+
+
+NormAction = Literal["bypass", "slot", "unfuse", "keep"]
+"""bypass: the call `norm(x)` in the text becomes `x`, and the module goes. slot: the module is replaced by an identity
+where it is held (Sequential, ModuleList, loops). unfuse: a fused norm + activation module is replaced by its activation
+and dropout. keep: stays; `Norm.reason` says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A normalization that belongs to a block."""
+
+    path: str
+    """Module path from the root; "" for a functional or written-out norm."""
+    type: str
+    kind: NormKind
+    position: Literal["pre", "inside", "end", "post"]
+    action: NormAction
+    reason: str
+    at: Operand | None = None
+    """The call, and which argument is the normalized tensor."""
+    attribute: str = ""
+    """The attribute path on the class at the call, `norm1` or `mlp.norm`; "" if it is not called as `self.<...>`."""
+    bias: str = ""
+    """Path of the convolution or linear layer that gets the zero bias the norm had provided."""
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """An activation of the sum: `act(x + F(x))`."""
+
+    type: str
+    at: Operand
+    """The call, and which argument is the sum."""
+    action: Literal["move", "keep"]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Repair:
+    """An undone zero initialization, without which alpha and branch would both have zero gradients for ever."""
+
+    parameter: str
+    """Path from the root: `layer1.0.bn2.weight`."""
+    how: Literal["ones", "reset"]
+    """ones: filled with 1. reset: its module's `reset_parameters()`, or PyTorch's default initialization."""
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One add in the code of one module instance, and what is to become of it."""
+
+    verdict: Verdict
+    code: str
+    """Stable code of the verdict's kind: RZ1xx blocks, RZ9xx refusals (`codes.py`)."""
+    reason: str
+    """One sentence; names the operand or module."""
+    path: str
+    """Path of the instance that owns the add ("" is the root); on the static route, of the class's analysed context."""
+    cls: str
+    """Qualified name of the owner's class (the instance's, not the base that defines the method)."""
+    place: Place | None
+    span: Span | None
+    text: str = ""
+    """The source line."""
+    form: str = ""
+    """"pre-norm", "post-norm", "projection shortcut", ... joined by ", "."""
+    skip: str = ""
+    """The skip as written in the source."""
+    skip_kind: Literal["identity", "projection", "slice", ""] = ""
+    gates: tuple[Gate, ...] = ()
+    norms: tuple[Norm, ...] = ()
+    activation: Activation | None = None
+    repairs: tuple[Repair, ...] = ()
+    calls: int = 1
+    """How often the add ran."""
+    confidence: float = 1.0
+    """1 when recorded; less for static findings."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the user asked for; the same names in Python and on the command line."""
+
+    method: str = "rezero"
+    alpha_init: float | Literal["preserve"] = 0.0
+    drop_norm: tuple[NormKind, ...] = ("layer",)
+    activation: Literal["branch", "keep"] = "branch"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    share: Literal["branch", "layer"] = "branch"
+    long_skips: bool = False
+    norm_types: tuple[Any, ...] = ()
+
+    @property
+    def preserve(self) -> bool:
+        return self.alpha_init == "preserve"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Every add of a model with its verdict, and all that the rewriters need."""
+
+    sites: tuple[Site, ...]
+    options: Options = field(default_factory=Options)
+    route: str = ""
+    """How it was captured: "recorded (fake tensors)", "symbolic", "static", ..."""
+    scalars: int = 0
+    """Adds of Python numbers, integer tensors or a tensor with a number: counted, not listed."""
+    notes: tuple[str, ...] = ()
+    """What the reader should know about the capture as a whole."""
+
+    def of(self, *verdicts: Verdict) -> tuple[Site, ...]:
+        return tuple(site for site in self.sites if site.verdict in verdicts)
+
+    @property
+    def converted(self) -> tuple[Site, ...]:
+        return self.of("converted")
+
+    @property
+    def edited(self) -> tuple[Site, ...]:
+        """The sites whose text changes: the converted ones, and their twins on paths that did not run."""
+        return tuple(site for site in self.sites if site.verdict == "converted" or site.calls == 0 and site.gates)
+
+
+def as_dict(record: Any) -> Any:
+    """A record as JSON-able builtins."""
+    if dataclasses.is_dataclass(record) and not isinstance(record, type):
+        return {f.name: as_dict(getattr(record, f.name)) for f in dataclasses.fields(record)}
+    if isinstance(record, (tuple, list)):
+        return [as_dict(item) for item in record]
+    if isinstance(record, type):
+        return f"{record.__module__}.{record.__qualname__}"
+    return record

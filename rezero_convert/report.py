@@ -1,0 +1,355 @@
+"""What was found and what is to become of it, for people and for programs: text, rich table, HTML, JSON."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import re
+import sys
+import textwrap
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from .plan import Norm, Plan, Repair, Site, Span, Verdict, as_dict
+
+VERSION = 1
+"""Of the JSON: it changes when a key is renamed or removed, not when one is added."""
+WIDTH = 100
+_VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
+_STYLES: dict[str, str] = {"converted": "green", "gated": "cyan", "refused": "dim", "long-skip": "yellow"}
+_PLURALS: dict[str, str] = {"long-skip": "long skips", "gated": "already gated", "not-executed": "not executed"}
+_DIGITS = re.compile(r"(?<![0-9])(0|[1-9][0-9]*)(?![0-9])")
+
+
+@dataclass(frozen=True, slots=True)
+class Sites:
+    """Sites that differ only in the instance: one line of code with one verdict."""
+
+    first: Site
+    paths: tuple[str, ...]
+
+    @property
+    def alphas(self) -> tuple[str, ...]:
+        return tuple(gate.alpha for gate in self.first.gates)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A plan, readable. `print` it, give it to rich, look at it in a notebook, or take `to_dict()`.
+
+    The values of `alphas` are read when the report is made; it does not change when the model is trained on.
+    """
+
+    plan: Plan
+    title: str = ""
+    notes: tuple[str, ...] = ()
+    """Beside those of the plan."""
+    converted: bool = False
+    """The plan has been carried out; else it says what would be done."""
+    alphas: Mapping[str, Any] = field(default_factory=dict)
+    """Parameter name to its value: a tensor, a number or numbers; kept as numbers, none if unknown (meta)."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "alphas", {name: _numbers(value) for name, value in self.alphas.items()})
+
+    @property
+    def changes(self) -> bool:
+        """Whether there is anything left to convert."""
+        return bool(self.plan.converted) and not self.converted
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Sites per verdict, zeros included."""
+        return {verdict: len(self.plan.of(verdict)) for verdict in _VERDICTS}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON-able builtins; `"version"` tells the layout."""
+        return {
+            "version": VERSION,
+            "title": self.title,
+            "route": self.plan.route,
+            "converted": self.converted,
+            "changes": self.changes,
+            "options": as_dict(self.plan.options),
+            "counts": self.counts,
+            "scalars": self.plan.scalars,
+            "notes": [*self.plan.notes, *self.notes],
+            "groups": [_group_dict(one) for one in grouped(self.plan.sites)],
+            "sites": as_dict(self.plan.sites),
+            "alphas": {name: [_json_number(value) for value in values] for name, values in self.alphas.items()},
+        }
+
+    def __str__(self) -> str:
+        lines = [_heading(self)]
+        for group in grouped(self.plan.sites):
+            lines += _block(group)
+        lines += _wrapped([f"note: {note}" for note in (*self.plan.notes, *self.notes)])
+        lines += _wrapped(today(self.alphas))
+        return "\n".join([*lines, *_wrapped([totals(self)])])
+
+    def __rich__(self) -> Group:
+        table = Table(title=Text(_heading(self)), title_justify="left", title_style="bold", pad_edge=False)
+        for name, share in (("where", 5), ("verdict", 2), ("block", 4), ("gate", 2), ("norms and reasons", 5)):
+            table.add_column(name, ratio=share, overflow="fold")
+        for group in grouped(self.plan.sites):
+            site = group.first
+            style = _STYLES.get(site.verdict, "")
+            where = Text(where_of(site.span), style="bold")
+            where.append(f"\n{site.text.strip()}", style="not bold")
+            paths = Text(compact(group.paths))
+            paths.append(f"\n{', '.join(part for part in (site.cls, site.form) if part)}", style="italic")
+            table.add_row(
+                where,
+                Text(f"{site.code}\n{site.verdict}", style=style),
+                paths.append(f"\nx {len(group.paths)}" if len(group.paths) > 1 else ""),
+                Text("\n".join(group.alphas)),
+                Text("\n".join(_remarks(group))),
+            )
+        notes = [Text(f"note: {note}") for note in (*self.plan.notes, *self.notes)]
+        alphas = [Text(line) for line in today(self.alphas)]
+        return Group(table, *notes, *alphas, Text(totals(self), style="bold"))
+
+    def _repr_html_(self) -> str:
+        console = Console(record=True, file=io.StringIO(), width=140, force_jupyter=False)
+        console.print(self)
+        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+
+
+def grouped(sites: Iterable[Site]) -> tuple[Sites, ...]:
+    """Equal sites of different instances as one, those that change first, otherwise in the order of the code."""
+    groups: dict[tuple[object, ...], list[Site]] = {}
+    for site in sites:
+        groups.setdefault(_key(site), []).append(site)
+    found = [Sites(members[0], tuple(site.path for site in members)) for members in groups.values()]
+    return tuple(sorted(found, key=lambda group: _VERDICTS.index(group.first.verdict)))
+
+
+def compact(paths: Iterable[str], limit: int = 12) -> str:
+    """Module paths with their numbers folded: `blocks.{0..11}`, `layer1.{0,1}, layer2.0`."""
+    patterns = [_tokens(path) for path in dict.fromkeys(paths)]
+    for position in reversed(range(max((len(pattern) for pattern in patterns), default=0))):
+        patterns = _folded(patterns, position)
+    shown = ["".join(_set(token) if isinstance(token, frozenset) else token for token in one) for one in patterns]
+    more = f", and {len(shown) - limit} more" if len(shown) > limit else ""
+    return ", ".join(one or "(the model)" for one in shown[:limit]) + more
+
+
+def where_of(span: Span | None) -> str:
+    """`file:line:col`, the file relative to the working directory or to the place it is imported from."""
+    if span is None:
+        return "(no source)"
+    return f"{short(span.file)}:{span.line}:{span.col + 1}"
+
+
+def short(file: str, limit: int = 60) -> str:
+    """A file's name as short as it stays clear; of a very long one the end."""
+    file = _relative(file)
+    if len(file) <= limit:
+        return file
+    parts = file.split(os.sep)
+    while len(parts) > 1 and len(os.sep.join(parts)) > limit - 4:
+        del parts[0]
+    return os.sep.join(["...", *parts])
+
+
+def _relative(file: str) -> str:
+    if not os.path.isabs(file):
+        return file
+    # The longest first: site-packages lies below the prefix of a virtual environment in the working directory.
+    for root in sorted({entry for entry in sys.path if os.path.isabs(entry)} | {os.getcwd()}, key=len, reverse=True):
+        prefix = root.rstrip(os.sep) + os.sep
+        if prefix != os.sep and file.startswith(prefix):
+            return file.removeprefix(prefix)
+    return file
+
+
+def totals(report: Report) -> str:
+    """One line: adds per verdict, gates, norms, adds that were only counted."""
+    done = report.plan.converted
+    norms = [norm for site in done for norm in site.norms if norm.action != "keep"]
+    gates = {(site.path, gate.alpha) for site in done for gate in site.gates}
+    # A verdict without a plural of its own reads as a number of adds.
+    parts = [f"{count} {_PLURALS.get(verdict, verdict)}" for verdict, count in report.counts.items() if count]
+    line = ", ".join(parts) if parts else "no adds of tensors"
+    if done:
+        line += f"; {_number(len(gates), 'gate')}, {_number(_distinct(norms), 'norm')} dropped"
+    if report.plan.scalars:
+        line += f"; {_number(report.plan.scalars, 'integer or scalar add')}"
+    return f"{'done' if report.converted else 'total'}: {line}"
+
+
+def today(alphas: Mapping[str, tuple[float, ...]]) -> list[str]:
+    """Today's alphas: names under their value; of a gate with channels mean|alpha| and range."""
+    values: dict[str, list[str]] = {}
+    for name, numbers in alphas.items():
+        values.setdefault(_value(numbers), []).append(name)
+    return [f"alpha {value}: {compact(names)}" for value, names in values.items()]
+
+
+def _key(site: Site) -> tuple[object, ...]:
+    gates = tuple((gate.alpha, gate.existing, gate.shape, gate.init) for gate in site.gates)
+    norms = tuple((_local(norm.path, site.path), norm.type, norm.action, norm.reason) for norm in site.norms)
+    repairs = tuple((_local(repair.parameter, site.path), repair.how) for repair in site.repairs)
+    activation = site.activation and (site.activation.type, site.activation.action)
+    place = site.span or (site.path, site.place)
+    return (place, site.verdict, site.code, site.cls, site.form, site.reason, gates, norms, repairs, activation)
+
+
+def _local(path: str, owner: str) -> str:
+    return path.removeprefix(f"{owner}.") if owner else path
+
+
+def _group_dict(group: Sites) -> dict[str, Any]:
+    site = group.first
+    return {
+        "verdict": site.verdict,
+        "code": site.code,
+        "form": site.form,
+        "reason": site.reason,
+        "span": as_dict(site.span),
+        "where": where_of(site.span),
+        "text": site.text.strip(),
+        "class": site.cls,
+        "paths": list(group.paths),
+        "pattern": compact(group.paths),
+        "count": len(group.paths),
+        "alphas": list(group.alphas),
+        "norms": [as_dict(norm) for norm in site.norms],
+        "activation": as_dict(site.activation),
+        "repairs": as_dict(site.repairs),
+    }
+
+
+def _heading(report: Report) -> str:
+    options = report.plan.options
+    asked = f"alpha {options.alpha_init}, norms dropped: {', '.join(options.drop_norm) or 'none'}"
+    state = "converted" if report.converted else "audit"
+    route = f" ({report.plan.route})" if report.plan.route else ""
+    return f"{report.title or 'model'}: {state}{route}; {asked}, activation: {options.activation}"
+
+
+def _block(group: Sites) -> list[str]:
+    """A group as text: the line to grep for, the source, the remarks."""
+    site = group.first
+    times = f" (x {len(group.paths)})" if len(group.paths) > 1 else ""
+    parts = (where_of(site.span), site.code, site.verdict, site.form, compact(group.paths) + times, site.cls)
+    head = " ".join(part for part in (*parts, " ".join(group.alphas)) if part)
+    code = textwrap.shorten(site.text.strip(), WIDTH - 4, placeholder=" ...") if site.text.strip() else ""
+    lines = _wrapped([head], indent="    ")
+    lines += [f"    {code}"] if code else []
+    return lines + _wrapped([f"    {remark}" for remark in _remarks(group)], indent="      ")
+
+
+def _remarks(group: Sites) -> list[str]:
+    site = group.first
+    found = [site.reason] if site.reason else []
+    for gate in site.gates:
+        if gate.existing:
+            found.append(f"gate {gate.alpha} was there{'' if gate.init is None else f', set to {gate.init:g}'}")
+    found += [_norm_remark(norm, site) for norm in site.norms]
+    if site.activation is not None:
+        action = "moved into the branch" if site.activation.action == "move" else "kept"
+        found.append(f"{site.activation.type} after the add {action}{_because(site.activation.reason)}")
+    return found + [_repair_remark(repair, site) for repair in site.repairs]
+
+
+def _norm_remark(norm: Norm, site: Site) -> str:
+    name = _local(norm.path, site.path) or "functional norm"
+    if norm.action == "keep":
+        return f"kept {name} ({norm.type}, {norm.position}){_because(norm.reason)}"
+    bias = f", bias given to {_local(norm.bias, site.path)}" if norm.bias else ""
+    return f"dropped {name} ({norm.type}, {norm.position}){bias}"
+
+
+def _repair_remark(repair: Repair, site: Site) -> str:
+    how = "filled with ones" if repair.how == "ones" else "initialized anew"
+    return f"zero init of {_local(repair.parameter, site.path)} undone: {how}"
+
+
+def _because(reason: str) -> str:
+    return f": {reason}" if reason else ""
+
+
+def _wrapped(lines: Iterable[str], indent: str = "  ") -> list[str]:
+    found: list[str] = []
+    for line in lines:
+        lead = line[: len(line) - len(line.lstrip())]
+        wrapped = textwrap.wrap(
+            line.strip(),
+            WIDTH,
+            initial_indent=lead,
+            subsequent_indent=indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        found += wrapped or [""]
+    return found
+
+
+def _tokens(path: str) -> tuple[str | frozenset[int], ...]:
+    return tuple(frozenset((int(part),)) if index % 2 else part for index, part in enumerate(_DIGITS.split(path)))
+
+
+def _folded(patterns: list[tuple[str | frozenset[int], ...]], position: int) -> list[tuple[str | frozenset[int], ...]]:
+    """Patterns that differ in the numbers at one position as one, in the place of the first."""
+    merged: dict[object, tuple[str | frozenset[int], ...]] = {}
+    for pattern in patterns:
+        here = pattern[position] if position < len(pattern) else ""
+        if not isinstance(here, frozenset):
+            merged[pattern] = pattern
+            continue
+        rest = (pattern[:position], pattern[position + 1 :])
+        there = merged[rest][position] if rest in merged else frozenset()
+        assert isinstance(there, frozenset)
+        merged[rest] = (*pattern[:position], here | there, *pattern[position + 1 :])
+    return list(merged.values())
+
+
+def _set(numbers: frozenset[int]) -> str:
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    if len(numbers) == 1:
+        return str(runs[0][0])
+    parts = [f"{low}..{high}" if high > low + 1 else ",".join(map(str, range(low, high + 1))) for low, high in runs]
+    return "{" + ",".join(parts) + "}"
+
+
+def _numbers(value: Any) -> tuple[float, ...]:
+    """A gate's value as numbers; () where it has none (meta tensors)."""
+    if getattr(value, "is_meta", False):
+        return ()
+    value = value.full_tensor() if hasattr(value, "full_tensor") else value  # sharded parameters
+    value = value.detach().flatten().tolist() if hasattr(value, "detach") else value
+    return tuple(float(number) for number in (value if isinstance(value, (list, tuple)) else (value,)))
+
+
+def _value(numbers: tuple[float, ...]) -> str:
+    if not numbers:
+        return "without a value (meta)"
+    if len(numbers) == 1:
+        return f"{numbers[0]:.4g}"
+    mean = math.fsum(abs(number) for number in numbers) / len(numbers)
+    return f"mean|alpha| {mean:.4g}, {min(numbers):.4g} to {max(numbers):.4g} ({len(numbers)} channels)"
+
+
+def _json_number(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def _distinct(norms: Iterable[Norm]) -> int:
+    """Norms by module; one without a module counts where it is called."""
+    return len({norm.path or norm.at for norm in norms})

@@ -1,0 +1,210 @@
+"""What a plan asks of the classes of one file."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import dataclass
+
+from ..errors import ConversionError
+from ..plan import Gate, Norm, Operand, Plan, Site, Span
+from .classes import attribute_chain, last_name, nested_suites
+from .splice import Function, Source, class_at
+
+
+@dataclass(frozen=True, slots=True)
+class Jobs:
+    """What a plan asks of one file's classes, given by number; duplicates merged, in the order of the text."""
+
+    gates: tuple[tuple[int, Gate, bool], ...]
+    """A new alpha, and whether its branch cannot run without the child it belongs to."""
+    existing: tuple[tuple[int, Gate], ...]
+    arms: tuple[tuple[int, str], ...]
+    """Attributes that a branch with a conditional LayerScale calls."""
+    dropped: tuple[tuple[int, str], ...]
+    slots: tuple[tuple[int, str], ...]
+    biases: tuple[tuple[int, str], ...]
+    repairs: tuple[tuple[int, str, str], ...]
+
+
+def collect(source: Source, plan: Plan, file: str) -> Jobs:
+    gates: dict[tuple[int, str], tuple[Gate, bool]] = {}
+    existing: dict[tuple[int, str], Gate] = {}
+    arms: dict[tuple[int, str], None] = {}
+    dropped: dict[tuple[int, str], None] = {}
+    slots: dict[tuple[int, str], None] = {}
+    biases: dict[tuple[int, str], None] = {}
+    repairs: dict[tuple[int, str, str], None] = {}
+    for site in sorted(plan.converted, key=lambda s: (s.span is None, s.span or Span("", 0, 0, 0, 0))):
+        for gate in sorted(site.gates, key=lambda g: (g.at is None, g.at.span if g.at else Span("", 0, 0, 0, 0))):
+            if gate.at is not None and gate.at.span.file == file and not gate.existing:
+                index = _owner(source, gate.at.span, f"the gate of {gate.branch}")
+                known = gates.get((index, gate.alpha))
+                if known is not None and (known[0].init, known[0].shape) != (gate.init, gate.shape):
+                    raise ConversionError(f"{gate.at.span}: {gate.alpha} has two start values or shapes")
+                bound = _evaluated_before(source, gate)
+                gates[index, gate.alpha] = (known[0] if known else gate, bound and (known is None or known[1]))
+                if gate.conditional:
+                    arms.update(dict.fromkeys((index, name) for name in _called(source, gate.at)))
+            elif gate.existing and site.span is not None and site.span.file == file:
+                existing.setdefault((_instance_class(source, site, gate.alpha), gate.alpha), gate)
+        for norm in site.norms:
+            _norm_jobs(source, site, norm, dropped, slots, biases)
+        for repair in site.repairs if site.span is not None and site.span.file == file else ():
+            index = _instance_class(source, site, repair.parameter)
+            repairs[index, _relative(site, repair.parameter), repair.how] = None
+    return Jobs(
+        tuple((index, gate, bound) for (index, _), (gate, bound) in gates.items()),
+        tuple((index, gate) for (index, _), gate in existing.items()),
+        tuple(arms),
+        tuple(dropped),
+        tuple(slots),
+        tuple(biases),
+        tuple(repairs),
+    )
+
+
+def _norm_jobs(
+    source: Source,
+    site: Site,
+    norm: Norm,
+    dropped: dict[tuple[int, str], None],
+    slots: dict[tuple[int, str], None],
+    biases: dict[tuple[int, str], None],
+) -> None:
+    if norm.action == "keep" or not norm.path:
+        return
+    here = norm.at.span.file if norm.at is not None else site.span.file if site.span is not None else ""
+    if here != source.file:
+        return
+    if norm.action == "bypass" and norm.at is not None and norm.attribute:
+        dropped[_owner(source, norm.at.span, f"the call of {norm.attribute}"), norm.attribute] = None
+    elif norm.action == "slot":
+        slots[_instance_class(source, site, norm.path), _relative(site, norm.path)] = None
+    elif norm.action == "unfuse":
+        raise ConversionError(
+            f"{site.span}: {norm.path} ({norm.type}) also applies an activation; take it apart by hand"
+        )
+    if norm.bias:
+        biases[_instance_class(source, site, norm.bias), _relative(site, norm.bias)] = None
+
+
+def _owner(source: Source, span: Span, what: str) -> int:
+    index = class_at(source, span)
+    if index is None:
+        raise ConversionError(f"{span}: {what} is not in a class; there is no module to hold what it needs")
+    return index
+
+
+def _instance_class(source: Source, site: Site, what: str) -> int:
+    """The class of the instance that owns the add, if the file has it, else the one whose text holds the add."""
+    name = site.cls.replace(".<locals>", "").rpartition(".")[2]
+    for index in reversed(range(len(source.classes))):
+        if source.classes[index].name == name:
+            return index
+    if site.span is None:
+        raise ConversionError(f"{source.file}: {what} belongs to no statement of this file")
+    return _owner(source, site.span, what)
+
+
+def _relative(site: Site, path: str) -> str:
+    if not site.path:
+        return path
+    if not path.startswith(site.path + "."):
+        raise ConversionError(f"{site.span}: {path} is not inside {site.path}, the module that owns the add")
+    return path[len(site.path) + 1 :]
+
+
+def check_agreement(plan: Plan, file: str) -> None:
+    """One text serves all instances of a class: what was decided for one add, norm or activation must agree."""
+    said: dict[tuple[str, Span], tuple[object, str]] = {}
+    for site in plan.converted:
+        decisions: list[tuple[str, Span, object]] = []
+        if site.span is not None and site.gates:
+            made = {(g.at, g.alpha, g.existing) for g in site.gates}
+            decisions.append(("gates", site.span, frozenset(made)))
+        decisions += [(f"norm {n.attribute}", n.at.span, n.action) for n in site.norms if n.at is not None]
+        if site.activation is not None:
+            decisions.append(("activation", site.activation.at.span, site.activation.action))
+        for what, span, decision in decisions:
+            if span.file != file:
+                continue
+            known = said.setdefault((what, span), (decision, site.path))
+            if known[0] != decision:
+                raise ConversionError(
+                    f"{span}: the {what} of {known[1] or 'the root'} and {site.path or 'the root'} were decided "
+                    "differently, but they share this text"
+                )
+
+
+def undecided(plan: Plan, file: str) -> list[str]:
+    """Instances for which the same text was not to be rewritten."""
+    done = {site.span for site in plan.converted}
+    return [
+        f"{site.span}: {site.path or 'the root'} shares this text but was not to be converted: {site.reason}"
+        for site in plan.of("refused", "long-skip", "interior")
+        if site.span in done and site.span is not None and site.span.file == file
+    ]
+
+
+def _called(source: Source, at: Operand) -> list[str]:
+    """Attributes of `self` that the operand's expression calls."""
+    start, end = (at.span.line, at.span.col), (at.span.end_line, at.span.end_col)
+    found = []
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Call) and start <= (node.lineno, node.col_offset):
+            chain = attribute_chain(node.func)
+            if chain is not None and len(chain) == 2 and (node.end_lineno or 0, node.end_col_offset or 0) <= end:
+                found.append(chain[1])
+    return found
+
+
+def _evaluated_before(source: Source, gate: Gate) -> bool:
+    """Whether the child of a gate was certainly used when the gate is reached, so that it must exist."""
+    if gate.at is None or not gate.child:
+        return False
+    span = gate.at.span
+    start, end = (span.line, span.col), (span.end_line, span.end_col)
+
+    def holds(node: ast.stmt) -> bool:
+        return (node.lineno, node.col_offset) <= start and end <= (node.end_lineno or 0, node.end_col_offset or 0)
+
+    function = next((f for f in ast.walk(source.tree) if isinstance(f, Function) and holds(f)), None)
+    if function is None or not function.args.args:
+        return False
+    chain = (function.args.args[0].arg, gate.child.partition(".")[0])
+    body: list[ast.stmt] = function.body
+    while body:
+        inner: list[ast.stmt] = []
+        for stmt in body:
+            if (stmt.lineno, stmt.col_offset) > start:
+                break
+            if any(_uses(part, chain) for part in _own_expressions(stmt)):
+                return True
+            if holds(stmt):
+                inner = [s for suite in nested_suites(stmt) if any(map(holds, suite)) for s in suite]
+        body = inner
+    return False
+
+
+def _own_expressions(stmt: ast.stmt) -> list[ast.expr]:
+    """The expressions of a statement that run whenever it does."""
+    if isinstance(stmt, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return []
+    return [node for node in ast.iter_child_nodes(stmt) if isinstance(node, ast.expr)]
+
+
+def _uses(node: ast.AST, chain: tuple[str, ...]) -> bool:
+    """Whether evaluating `node` certainly calls the attribute or hands it to a call."""
+    if isinstance(node, ast.Call):
+        if attribute_chain(node.func) is not None and (attribute_chain(node.func) or ())[: len(chain)] == chain:
+            return True
+        tail = last_name(node.func)
+        if tail not in ("hasattr", "getattr", "isinstance") and any(attribute_chain(a) == chain for a in node.args):
+            return True
+    if isinstance(node, (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
+        return False
+    if isinstance(node, ast.IfExp):
+        return _uses(node.test, chain)
+    if isinstance(node, ast.BoolOp):
+        return _uses(node.values[0], chain)
+    return any(_uses(child, chain) for child in ast.iter_child_nodes(node))

@@ -1,0 +1,63 @@
+"""Names that an edit left without use."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Iterator
+
+from .splice import Function, Source, statements
+
+
+def leftovers(before: Source, now: Source) -> list[str]:
+    """Imports, arguments, variables and definitions that nothing uses any more because of the edits."""
+    old, new = _unused(before), _unused(now)
+    return [
+        f"{now.file}:{line}: {what} {'is' if not what.endswith('s') else 'are'} not used any more"
+        for key, (line, what) in sorted(new.items(), key=lambda item: item[1])
+        if key not in old
+    ]
+
+
+def _unused(source: Source) -> dict[tuple[str, str, str], tuple[int, str]]:
+    loads = {n.id for n in ast.walk(source.tree) if isinstance(n, ast.Name) and isinstance(n.ctx, (ast.Load, ast.Del))}
+    loads |= {
+        str(n.value)
+        for n in ast.walk(source.tree)
+        if isinstance(n, ast.Constant) and isinstance(n.value, str) and n.value.isidentifier()
+    }
+    found: dict[tuple[str, str, str], tuple[int, str]] = {}
+    for stmt in statements(source.tree.body):
+        if isinstance(stmt, (ast.Import, ast.ImportFrom)):
+            for alias in stmt.names:
+                name = (alias.asname or alias.name).partition(".")[0]
+                if name not in loads:
+                    found["import", "", name] = (stmt.lineno, f"import `{name}`")
+        elif isinstance(stmt, (ast.FunctionDef, ast.ClassDef)) and stmt.name not in loads:
+            kind = "class" if isinstance(stmt, ast.ClassDef) else "function"
+            found["definition", "", stmt.name] = (stmt.lineno, f"{kind} `{stmt.name}`")
+    for owner, function in _all_functions(source):
+        read = {n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, (ast.Load, ast.Del))}
+        arguments = function.args
+        named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+        for argument in named:
+            if argument.arg not in read:
+                what = f"argument `{argument.arg}` of `{owner}`"
+                found["argument", owner, argument.arg] = (argument.lineno, what)
+        for node in ast.walk(function):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id not in read:
+                found.setdefault(("variable", owner, node.id), (node.lineno, f"variable `{node.id}` in `{owner}`"))
+    return found
+
+
+def _all_functions(source: Source) -> Iterable[tuple[str, Function]]:
+    def visit(node: ast.AST, prefix: str) -> Iterator[tuple[str, Function]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                yield prefix + child.name, child
+                yield from visit(child, f"{prefix}{child.name}.")
+            elif isinstance(child, ast.ClassDef):
+                yield from visit(child, f"{prefix}{child.name}.")
+            else:
+                yield from visit(child, prefix)
+
+    return visit(source.tree, "")

@@ -1,0 +1,201 @@
+"""Norms that go, the biases they leave behind, zero initializations undone."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+
+from ..errors import ConversionError
+from .classes import (
+    Names,
+    assigned_values,
+    attribute_chain,
+    constructor_calls,
+    find_class,
+    init_calls,
+    last_name,
+    literal,
+    makers,
+    methods_of,
+    nested_suites,
+    related,
+    resolve,
+    self_name,
+)
+from .gates import refilled
+from .splice import Edit, Function, Source, after, insert, statements
+
+
+def drop(
+    source: Source, cls: ast.ClassDef, path: str, reads: list[tuple[list[ast.ClassDef], tuple[str, ...]]]
+) -> tuple[set[ast.stmt], list[Edit], list[str]]:
+    """Statements and edits that do away with a norm that is not called any more, and remarks."""
+    *above, attribute = path.split(".")
+    hosts = [cls] if not above else _classes_at(source, cls, above)
+    made = [item for host in hosts for item in makers(source, host, attribute)]
+    if not made:
+        note = f"{source.file}:{cls.lineno}: {path} of {cls.name} is not called now, but is not made in this file; it stays"
+        return set(), [], [note]
+    leaves: set[ast.stmt] = set()
+    edits: list[Edit] = []
+    families = [related(source, made_in) for made_in in dict.fromkeys(item.host for item in made)]
+    for family in families:
+        reads.append((family, (attribute,)))
+        for member in family:
+            for function in methods_of(member):
+                for stmt in statements(function.body):
+                    if assigned_values(stmt, self_name(function), attribute):
+                        changed = _unassigned(source, stmt, self_name(function), attribute)
+                        if changed is None:
+                            leaves.add(stmt)
+                        else:
+                            edits.append(changed)
+            leaves |= {
+                s for s in member.body if isinstance(s, ast.AnnAssign) and attribute_chain(s.target) == (attribute,)
+            }
+        leaves |= {call.stmt for call in init_calls(source, family, attribute)}
+    if above:
+        reads.append((related(source, cls), (*above, attribute)))
+    return leaves, edits, []
+
+
+def _classes_at(source: Source, cls: ast.ClassDef, parts: list[str]) -> list[ast.ClassDef]:
+    found = []
+    for _, value, _ in resolve(source, cls, parts):
+        found += [
+            c for c in (find_class(source, last_name(call.func)) for call in constructor_calls(value)) if c is not None
+        ]
+    return list(dict.fromkeys(found))
+
+
+def _unassigned(source: Source, stmt: ast.stmt, me: str, attribute: str) -> Edit | None:
+    """The statement without its assignment to the attribute; None if nothing else is left of it.
+
+    Raises:
+        ConversionError: the statement does more than that.
+    """
+    if not isinstance(stmt, ast.Assign):
+        return None
+    wanted = (me, attribute)
+    targets = [t for t in stmt.targets if attribute_chain(t) != wanted]
+    if not targets:
+        return None
+    start, end = source.span(stmt)
+    if len(targets) < len(stmt.targets):
+        return Edit(start, end, " = ".join(source.segment(node) for node in (*targets, stmt.value)))
+    target = targets[0]
+    if len(targets) > 1 or not isinstance(target, ast.Tuple) or not isinstance(stmt.value, ast.Tuple):
+        raise ConversionError(f"{source.file}:{stmt.lineno}: {attribute} cannot be taken out of this assignment")
+    left = [
+        (source.segment(a), source.segment(b))
+        for a, b in zip(target.elts, stmt.value.elts, strict=True)
+        if attribute_chain(a) != wanted
+    ]
+    return Edit(start, end, f"{', '.join(a for a, _ in left)} = {', '.join(b for _, b in left)}")
+
+
+def check_reads(source: Source, family: list[ast.ClassDef], chain: tuple[str, ...], gone: set[ast.stmt]) -> None:
+    """See that an attribute that goes is not read outside of what goes with it.
+
+    Raises:
+        ConversionError: it is; the message says where.
+    """
+    left_out = {id(node) for stmt in gone for node in ast.walk(stmt)}
+    for cls in family:
+        for function in methods_of(cls):
+            for node in ast.walk(function):
+                if id(node) in left_out:
+                    continue
+                read = isinstance(node, ast.Attribute) and isinstance(node.ctx, (ast.Load, ast.Del))
+                named = (
+                    isinstance(node, ast.Call)
+                    and last_name(node.func) == "getattr"
+                    and len(node.args) > 1
+                    and (literal(node.args[1]),) == chain
+                )
+                if (read and attribute_chain(node) == (self_name(function), *chain)) or named:
+                    where = f"{source.file}:{getattr(node, 'lineno', cls.lineno)}"
+                    raise ConversionError(
+                        f"{where}: {'.'.join(chain)} of {cls.name} is still read here; its norm must stay"
+                    )
+
+
+def slot_edits(source: Source, cls: ast.ClassDef, path: str, names: Names) -> list[Edit]:
+    """The element at `path` becomes an identity."""
+    edits = []
+    for host, value, made in resolve(source, cls, path.split(".")):
+        if host not in related(source, cls):
+            _check_only_user(source, host, cls, path)
+        where = made.value if made is not None else value
+        edits.append(Edit(*source.span(where), f"{names.nn}.Identity()"))
+    if not edits:
+        raise ConversionError(
+            f"{source.file}:{cls.lineno}: {path} of {cls.name} is not a literal element of a container here"
+        )
+    return edits
+
+
+def _check_only_user(source: Source, host: ast.ClassDef, user: ast.ClassDef, path: str) -> None:
+    inside = {id(node) for cls in (host, *related(source, user)) for node in ast.walk(cls)}
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Name) and node.id == host.name and id(node) not in inside:
+            raise ConversionError(
+                f"{source.file}:{node.lineno}: {host.name} is used here too; {path} of {user.name} cannot go alone"
+            )
+
+
+def bias_edits(source: Source, cls: ast.ClassDef, path: str, names: Names) -> list[Edit]:
+    """The layer at `path` gets a bias: by its constructor's argument, or by a line of its own."""
+    edits: list[Edit] = []
+    for _, value, made in resolve(source, cls, path.split(".")):
+        for call in constructor_calls(value):
+            given = next((k.value for k in call.keywords if k.arg == "bias"), None)
+            if given is None and last_name(call.func) == "Linear" and len(call.args) > 2:
+                given = call.args[2]
+            if given is not None:
+                edits += [Edit(*source.span(given), "True")] if literal(given) is not True else []
+            elif made is not None:
+                suite = next(s for s in _suites_of(made.function) if made.stmt in s)
+                layer = f"{self_name(made.function)}.{path}"
+                line = f"{layer}.bias = {names.parameter}({names.torch}.zeros({layer}.weight.shape[0]))"
+                edits.append(insert(source, after(source, made.stmt, suite), source.indent(made.stmt.lineno), [line]))
+            else:
+                raise ConversionError(f"{source.file}:{call.lineno}: no bias argument in {source.segment(call)}")
+    if not edits and not resolve(source, cls, path.split(".")):
+        raise ConversionError(
+            f"{source.file}:{cls.lineno}: {path} of {cls.name}, which needs a bias, is not made in this file"
+        )
+    return edits
+
+
+def _suites_of(function: Function) -> Iterator[list[ast.stmt]]:
+    yield function.body
+    for stmt in statements(function.body):
+        yield from nested_suites(stmt)
+
+
+def repair(
+    source: Source, cls: ast.ClassDef, path: str, how: str, names: Names
+) -> tuple[set[ast.stmt], list[Edit], list[str]]:
+    """Undoes statements that zero a branch's last parameter; remarks if there is none in this file."""
+    attribute, *rest = path.split(".")
+    family = related(source, cls)
+    found = [call for call in init_calls(source, family, attribute) if list(call.rest) == rest and _is_zero(call.call)]
+    if not found:
+        note = f"{source.file}:{cls.lineno}: {path} of {cls.name} starts at zero, but not by a statement found here"
+        return set(), [], [note]
+    if how == "reset":
+        return {call.stmt for call in found}, [], []
+    return set(), [_refilled_like(source, call.call, names) for call in found], []
+
+
+def _refilled_like(source: Source, call: ast.Call, names: Names) -> Edit:
+    edit = refilled(source, call, 1.0, names)
+    return Edit(edit.start, edit.end, "1") if edit.text == "1.0" and source.text[edit.start : edit.end] == "0" else edit
+
+
+def _is_zero(call: ast.Call) -> bool:
+    tail = last_name(call.func)
+    return tail in ("zeros_", "zero_") or (
+        tail in ("constant_", "fill_") and bool(call.args) and literal(call.args[-1]) == 0
+    )

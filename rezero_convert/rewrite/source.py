@@ -1,0 +1,130 @@
+"""Carries out a Plan on source text, as a careful engineer would have written it.
+
+The function bodies are `rewrite.text`'s; here are the classes: the alphas' lines in `__init__`, the start values of
+gates that were there, the norms' constructors, `_init_weights` of transformers' models. Classes keep their order in
+both passes, so a class is known by its number in the file.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..plan import Plan
+from .alphas import alpha_edits
+from .classes import spelling
+from .gates import arm_edits, existing_edits
+from .jobs import Jobs, check_agreement, collect, undecided
+from .leftovers import leftovers
+from .norms import bias_edits, check_reads, drop, repair, slot_edits
+from .pretrained import pretrained_edits
+from .splice import Edit, Source, apply, parse, remove
+from .text import edit as edit_functions
+from .text import product
+
+
+@dataclass(frozen=True, slots=True)
+class Rewritten:
+    """A file's new text, and what its reader should know: names that became unused, what was left as it is."""
+
+    text: str
+    notes: tuple[str, ...] = ()
+
+
+def rewrite(text: str, plan: Plan, file: str) -> Rewritten:
+    """`text`, the content of `file`, with the plan's converted sites of that file carried out.
+
+    Everything that is not edited stays as it is: line ends, byte order mark, comments, a missing last line end. A file
+    for which nothing is converted comes back identical. The result parses and compiles.
+
+    Raises:
+        ConversionError: the text does not parse, the plan asks for what cannot be written, or the instances of one
+            class were decided differently; the message says what and where.
+    """
+    mark = "\ufeff" if text.startswith("\ufeff") else ""
+    body = text[len(mark) :].replace("\r\n", "\n").replace("\r", "\n")
+    original = parse(body, file)
+    check_agreement(plan, file)
+    jobs = collect(original, plan, file)
+    edited = edit_functions(body, plan.converted, product, file=file)
+    if edited == body and jobs == Jobs((), (), (), (), (), (), ()):
+        return Rewritten(text)
+    source = parse(edited, file)
+    edits, notes = _class_edits(source, jobs)
+    result = apply(source, edits)
+    if not body.endswith("\n") and result.endswith("\n"):
+        result = result[:-1]
+    new = parse(result, file)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compile(result, file, "exec")
+    notes += leftovers(original, new) + undecided(plan, file)
+    return Rewritten(mark + _with_line_ends(text[len(mark) :], body, result), tuple(dict.fromkeys(notes)))
+
+
+def _class_edits(source: Source, jobs: Jobs) -> tuple[list[Edit], list[str]]:
+    names = spelling(source)
+    notes: list[str] = []
+    edits = alpha_edits(source, jobs, names)
+    for index, gate in jobs.existing:
+        if gate.init is not None:
+            edits += existing_edits(source, source.classes[index], gate.alpha, gate.init, names)
+    for index, attribute in jobs.arms:
+        edits += arm_edits(source, source.classes[index], attribute, names)
+    for index, path in jobs.slots:
+        edits += slot_edits(source, source.classes[index], path, names)
+    for index, path in jobs.biases:
+        edits += bias_edits(source, source.classes[index], path, names)
+    leaves: set[ast.stmt] = set()
+    reads: list[tuple[list[ast.ClassDef], tuple[str, ...]]] = []
+    for index, path in jobs.dropped:
+        found, changed, said = drop(source, source.classes[index], path, reads)
+        leaves |= found
+        edits += changed
+        notes += said
+    for index, path, how in jobs.repairs:
+        found, changed, said = repair(source, source.classes[index], path, how, names)
+        leaves |= found
+        edits += changed
+        notes += said
+    cuts, gone = remove(source, leaves)
+    for family, chain in reads:
+        check_reads(source, family, chain, gone)
+    edits += cuts
+    edits += pretrained_edits(source, jobs, names)
+    if names.missing is not None and any(f"{names.torch}." in edit.text for edit in edits):
+        edits.append(names.missing)
+    return edits, notes
+
+
+def _with_line_ends(text: str, body: str, result: str) -> str:
+    """`result` with the line ends of `text`, of which `body` is the copy with line feeds."""
+    if "\r" not in text:
+        return result
+    ends = list(_line_ends(text))
+    common = max(set(ends), key=ends.count)
+    if len(set(ends)) == 1:
+        return result.replace("\n", common)
+    old, new = body.split("\n"), result.split("\n")
+    chosen = [common] * len(new)
+    for match in difflib.SequenceMatcher(None, old, new, autojunk=False).get_matching_blocks():
+        for offset in range(match.size):
+            if match.a + offset < len(ends):
+                chosen[match.b + offset] = ends[match.a + offset]
+    return "".join(line + end for line, end in zip(new[:-1], chosen, strict=False)) + new[-1]
+
+
+def _line_ends(text: str) -> Iterator[str]:
+    index = 0
+    while index < len(text):
+        if text[index] == "\r":
+            end = "\r\n" if text[index + 1 : index + 2] == "\n" else "\r"
+            yield end
+            index += len(end)
+        else:
+            if text[index] == "\n":
+                yield "\n"
+            index += 1

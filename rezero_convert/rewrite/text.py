@@ -1,0 +1,590 @@
+"""Edit the text of functions as a Plan says: gates in, norm calls out, activations into the branch.
+
+One engine for both routes. It decides nothing: every edit is an operand of the Plan, found by its position. What no
+edit touches comes back byte for byte.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import libcst as cst
+from libcst.metadata import CodePosition, CodeRange, MetadataWrapper, ParentNodeProvider, PositionProvider
+
+from .. import sources
+from ..errors import ConversionError
+from ..plan import Operand, Site, Span
+
+GateSpelling = Callable[[cst.BaseExpression, cst.BaseExpression], cst.BaseExpression]
+"""How `alpha` scales an operand; the first argument is the text of the parameter, `self.alpha_attn`."""
+
+_Target = cst.BinaryOperation | cst.Call | cst.AugAssign
+_Line = TypeVar("_Line", cst.SimpleStatementLine, cst.SimpleStatementSuite)
+
+_INPLACE_SUMS: dict[str, type[cst.BaseBinaryOp]] = {"add_": cst.Add, "sub_": cst.Subtract, "subtract_": cst.Subtract}
+_SUMS = frozenset({"add", "sub", "subtract", *_INPLACE_SUMS})
+
+
+def edit(text: str, sites: Iterable[Site], gate: GateSpelling, *, file: str, first_line: int = 1) -> str:
+    """`text` with the edits of the converted `sites` that lie in it.
+
+    Args:
+        text: complete statements; the first one is not indented.
+        sites: the Plan's sites; spans in other files or other lines are passed over.
+        gate: `product` or `call`.
+        file: the file name in the spans.
+        first_line: the line number in `file` of the text's first line.
+
+    Raises:
+        ConversionError: nothing of the expected form is at a span (the file changed), or the form cannot be edited.
+    """
+    wanted = _Wanted(file, first_line, first_line + text.count("\n"))
+    wanted.collect(sites)
+    if not wanted.operands():
+        return text
+    try:
+        wrapper = MetadataWrapper(cst.parse_module(text), unsafe_skip_copy=True)
+    except cst.ParserSyntaxError as error:
+        raise ConversionError(f"{file}:{first_line + error.raw_line - 1}: syntax error: {error.message}") from error
+    positions = wrapper.resolve(PositionProvider)
+    nodes = _locate(text, positions, wanted.operands(), first_line)
+    editor = _Editor(wanted, nodes, wrapper.resolve(ParentNodeProvider), gate)
+    return wrapper.module.visit(editor).code
+
+
+def product(alpha: cst.BaseExpression, operand: cst.BaseExpression) -> cst.BaseExpression:
+    """`alpha * operand`, the operand in parentheses unless it is a single term: what the source route writes."""
+    return cst.BinaryOperation(left=alpha, operator=cst.Multiply(), right=parenthesised(operand))
+
+
+def call(alpha: cst.BaseExpression, operand: cst.BaseExpression) -> cst.BaseExpression:
+    """`self.rezero_gate(alpha, operand)`: what the live route writes."""
+    root = alpha
+    while isinstance(root, (cst.Attribute, cst.Subscript)):
+        root = root.value
+    return cst.Call(
+        func=cst.Attribute(value=root.deep_clone(), attr=cst.Name("rezero_gate")),
+        args=[
+            cst.Arg(alpha, comma=cst.Comma(whitespace_after=cst.SimpleWhitespace(" "))),
+            cst.Arg(operand, comma=cst.MaybeSentinel.DEFAULT),
+        ],
+    )
+
+
+def parenthesised(node: cst.BaseExpression) -> cst.BaseExpression:
+    """`node`, in parentheses unless it binds tighter than any operator."""
+    return node if _is_term(node) else _wrap(node)
+
+
+@dataclass(frozen=True, slots=True)
+class _GateEdit:
+    alpha: str
+    """"" adds no gate: only the activation goes in."""
+    activation: Operand | None
+    where: Operand
+
+
+@dataclass(slots=True)
+class _Wanted:
+    """The edits of one text, by operand."""
+
+    file: str
+    first: int
+    last: int
+    gates: dict[tuple[Span, int | str], _GateEdit] = field(default_factory=dict)
+    bypasses: dict[tuple[Span, int | str], Operand] = field(default_factory=dict)
+    templates: dict[Span, Operand] = field(default_factory=dict)
+
+    def collect(self, sites: Iterable[Site]) -> None:
+        for site in sites:
+            if site.verdict != "converted":
+                continue
+            moved = site.activation.at if site.activation is not None and site.activation.action == "move" else None
+            for gate in site.gates:
+                if gate.at is None:
+                    if moved is not None:
+                        raise ConversionError(f"{moved.span}: no operand is known that the activation could move to")
+                    continue
+                change = _GateEdit("" if gate.existing else gate.alpha, moved, gate.at)
+                if self._holds(gate.at) and (change.alpha or moved is not None):
+                    if self.gates.setdefault((gate.at.span, gate.at.index), change) != change:
+                        raise ConversionError(f"{gate.at.span}: two gates want the same operand")
+                    if moved is not None:
+                        self.templates[moved.span] = moved
+            calls = [norm.at for norm in site.norms if norm.action == "bypass" and norm.at is not None]
+            for operand in [*calls, *([moved] if moved is not None else [])]:
+                if self._holds(operand):
+                    self.bypasses[operand.span, operand.index] = operand
+
+    def operands(self) -> tuple[Operand, ...]:
+        """Every operand that must be found in the text."""
+        return (*(change.where for change in self.gates.values()), *self.bypasses.values())
+
+    def _holds(self, operand: Operand) -> bool:
+        span = operand.span
+        return span.file == self.file and self.first <= span.line and span.end_line <= self.last
+
+
+def _locate(
+    text: str, positions: Mapping[cst.CSTNode, CodeRange], operands: Sequence[Operand], first_line: int
+) -> dict[Span, _Target]:
+    """The node of each operand's expression."""
+    rows = text.split("\n")
+
+    def position(line: int, col: int) -> CodePosition:
+        row = rows[line - first_line].encode()
+        return CodePosition(line - first_line + 1, len(row[:col].decode(errors="replace")))
+
+    exact: dict[tuple[CodePosition, CodePosition], _Target] = {}
+    chained: dict[tuple[CodePosition, CodePosition], _Target] = {}
+    for node, place in positions.items():
+        if isinstance(node, (cst.BinaryOperation, cst.Call, cst.AugAssign)):
+            exact[place.start, place.end] = node
+            if isinstance(node, cst.Call) and isinstance(node.func, cst.Attribute):
+                # the interpreter starts a call in a chain over several lines at its attribute
+                chained[positions[node.func.attr].start, place.end] = node
+    found: dict[Span, _Target] = {}
+    for operand in operands:
+        span = operand.span
+        key = (position(span.line, span.col), position(span.end_line, span.end_col))
+        node_at = exact.get(key) or chained.get(key)
+        if node_at is None:
+            raise ConversionError(f"{span}: no operation is there (has the file changed?)")
+        found[span] = node_at
+    return found
+
+
+class _Editor(cst.CSTTransformer):
+    """Applies the edits bottom-up; inner edits survive in outer ones."""
+
+    def __init__(
+        self,
+        wanted: _Wanted,
+        nodes: Mapping[Span, _Target],
+        parents: Mapping[cst.CSTNode, cst.CSTNode],
+        spelling: GateSpelling,
+    ) -> None:
+        super().__init__()
+        self.parents = parents
+        self.spelling = spelling
+        self.nodes = nodes
+        self.gates: dict[cst.CSTNode, list[_GateEdit]] = {}
+        self.bypasses: dict[cst.CSTNode, Operand] = {}
+        self.gone: set[cst.CSTNode] = set()
+        for change in wanted.gates.values():
+            self.gates.setdefault(nodes[change.where.span], []).append(change)
+        for operand in wanted.bypasses.values():
+            self.bypasses[nodes[operand.span]] = operand
+
+    def leave_BinaryOperation(
+        self, original_node: cst.BinaryOperation, updated_node: cst.BinaryOperation
+    ) -> cst.BaseExpression:
+        for change in self.gates.get(original_node, ()):
+            if change.where.index not in (0, 1):
+                raise ConversionError(f"{change.where.span}: a binary operation has no operand {change.where.index!r}")
+            side = "right" if change.where.index == 1 else "left"
+            gated = self._gated(original_node, getattr(updated_node, side), change)
+            if not isinstance(original_node.operator, (cst.Add, cst.Subtract)):
+                gated = parenthesised(gated)
+            updated_node = updated_node.with_changes(**{side: gated})
+        return updated_node
+
+    def leave_AugAssign(self, original_node: cst.AugAssign, updated_node: cst.AugAssign) -> cst.AugAssign | cst.Assign:
+        changes = self.gates.get(original_node, ())
+        target: cst.BaseExpression | None = None
+        for change in changes:
+            span = change.where.span
+            operators = {cst.AddAssign: cst.Add, cst.SubtractAssign: cst.Subtract}
+            if type(original_node.operator) not in operators or change.where.index not in (0, 1):
+                raise ConversionError(f"{span}: this augmented assignment is not a sum of two operands")
+            if change.where.index == 1:
+                updated_node = updated_node.with_changes(value=self._gated(original_node, updated_node.value, change))
+                continue
+            if not _is_path(original_node.target):
+                raise ConversionError(f"{span}: a gate on this assignment's target would evaluate it twice")
+            target = self._gated(original_node, original_node.target.deep_clone(), change)
+        if target is None:
+            return updated_node
+        operator = cst.Add() if isinstance(original_node.operator, cst.AddAssign) else cst.Subtract()
+        equal = updated_node.operator
+        assert isinstance(equal, (cst.AddAssign, cst.SubtractAssign))
+        before, after = equal.whitespace_before, equal.whitespace_after
+        assert isinstance(before, cst.SimpleWhitespace)
+        assert isinstance(after, cst.SimpleWhitespace)
+        return cst.Assign(
+            targets=[
+                cst.AssignTarget(
+                    updated_node.target,
+                    whitespace_before_equal=before,
+                    whitespace_after_equal=after,
+                )
+            ],
+            value=cst.BinaryOperation(left=target, operator=operator, right=_as_right_operand(updated_node.value)),
+            semicolon=updated_node.semicolon,
+        )
+
+    def leave_Call(self, original_node: cst.Call, updated_node: cst.Call) -> cst.BaseExpression:
+        for change in self.gates.get(original_node, ()):
+            operand = self._operand(original_node, updated_node, change.where)
+            gated = self._gated(original_node, operand, change)
+            updated_node = self._with_operand(original_node, updated_node, change.where, gated)
+        bypass = self.bypasses.get(original_node)
+        if bypass is None:
+            return updated_node
+        return self._bypassed(original_node, updated_node, bypass)
+
+    def leave_Assign(self, original_node: cst.Assign, updated_node: cst.Assign) -> cst.Assign:
+        if (
+            original_node.value in self.bypasses
+            and len(updated_node.targets) == 1
+            and _is_path(updated_node.value)
+            and updated_node.targets[0].target.deep_equals(_bare(updated_node.value))
+        ):
+            self.gone.add(original_node)
+        return updated_node
+
+    def leave_Expr(self, original_node: cst.Expr, updated_node: cst.Expr) -> cst.Expr | cst.Assign:
+        core = original_node.value
+        while isinstance(core, cst.Call) and core in self.bypasses:
+            core = self._operand(core, core, self.bypasses[core])
+        if core is not original_node.value and _is_path(updated_node.value):
+            self.gone.add(original_node)
+        added = updated_node.value
+        for change in self.gates.get(core, ()):
+            if not (isinstance(core, cst.Call) and isinstance(added, cst.Call)):
+                continue
+            if change.where.index == 0 and self._is_method(core, change.where):
+                return self._assigned(core, added, updated_node, change)
+        return updated_node
+
+    def leave_SimpleStatementLine(
+        self, original_node: cst.SimpleStatementLine, updated_node: cst.SimpleStatementLine
+    ) -> cst.SimpleStatementLine:
+        return self._without(original_node, updated_node)
+
+    def leave_SimpleStatementSuite(
+        self, original_node: cst.SimpleStatementSuite, updated_node: cst.SimpleStatementSuite
+    ) -> cst.SimpleStatementSuite:
+        return self._without(original_node, updated_node)
+
+    def leave_IndentedBlock(
+        self, original_node: cst.IndentedBlock, updated_node: cst.IndentedBlock
+    ) -> cst.IndentedBlock:
+        if not any(statement in self.gone for statement in original_node.body):
+            return updated_node
+        kept: list[cst.BaseStatement] = []
+        orphans: list[cst.EmptyLine] = []
+        for before, after in zip(original_node.body, updated_node.body, strict=True):
+            if before in self.gone:
+                assert isinstance(after, cst.SimpleStatementLine)
+                orphans = _joined(orphans, _unattached(after.leading_lines))
+                continue
+            if orphans and isinstance(after, cst.CSTNode) and hasattr(after, "leading_lines"):
+                after = after.with_changes(leading_lines=_joined(orphans, after.leading_lines))
+            orphans = []
+            kept.append(after)
+        comments = [line for line in orphans if line.comment is not None]
+        if not kept:
+            kept.append(cst.SimpleStatementLine(body=[cst.Pass()], leading_lines=comments))
+            comments = []
+        return updated_node.with_changes(body=kept, footer=[*comments, *updated_node.footer])
+
+    def _without(self, original: _Line, updated: _Line) -> _Line:
+        """The line less the statements that go; a whole line that goes is taken out by its block."""
+        pairs = list(zip(original.body, updated.body, strict=True))
+        kept = [after for before, after in pairs if before not in self.gone]
+        if len(kept) == len(pairs):
+            return updated
+        if not kept:
+            if isinstance(original, cst.SimpleStatementSuite):
+                return updated.with_changes(body=[cst.Pass()])
+            self.gone.add(original)
+            return updated
+        kept[-1] = kept[-1].with_changes(semicolon=cst.MaybeSentinel.DEFAULT)
+        return updated.with_changes(body=kept)
+
+    def _gated(self, at: cst.CSTNode, operand: cst.BaseExpression, change: _GateEdit) -> cst.BaseExpression:
+        if change.activation is not None:
+            operand = self._activated(operand, change.activation)
+        if not change.alpha:
+            return operand
+        alpha: cst.BaseExpression = cst.Name(self._first_argument(at, change.where.span))
+        for attribute in change.alpha.split("."):
+            alpha = cst.Attribute(alpha, cst.Name(attribute))
+        return self.spelling(alpha, operand)
+
+    def _activated(self, operand: cst.BaseExpression, activation: Operand) -> cst.BaseExpression:
+        """`operand` in the place of the sum in a copy of the activation's call."""
+        node = self.nodes.get(activation.span)
+        if node is None:  # the call is in another method of the same module
+            try:
+                parsed = cst.parse_expression(sources.segment(activation.span).strip())
+            except cst.ParserSyntaxError as error:
+                raise ConversionError(f"{activation.span}: no activation is there (has the file changed?)") from error
+            if not isinstance(parsed, cst.Call):
+                raise ConversionError(f"{activation.span}: no activation is there (has the file changed?)")
+            node = parsed
+        if not isinstance(node, cst.Call):
+            raise ConversionError(f"{activation.span}: the activation is not a call")
+        copy = node.deep_clone().with_changes(
+            lpar=[], rpar=[], whitespace_before_args=cst.SimpleWhitespace(""), whitespace_after_func=_NO_SPACE
+        )
+        if copy.args and isinstance(copy.args[-1].comma, cst.Comma):
+            last = copy.args[-1].with_changes(comma=cst.MaybeSentinel.DEFAULT)
+            copy = copy.with_changes(args=[*copy.args[:-1], last])
+        if copy.args:
+            last = copy.args[-1].with_changes(whitespace_after_arg=cst.SimpleWhitespace(""))
+            copy = copy.with_changes(args=[*copy.args[:-1], last])
+        return self._with_operand(node, copy, activation, operand)
+
+    def _bypassed(self, original: cst.Call, updated: cst.Call, operand: Operand) -> cst.BaseExpression:
+        """The operand in the place of the whole call."""
+        value = self._operand(original, updated, operand)
+        is_method = self._is_method(original, operand)
+        if is_method and value.lpar and not _spills(_bare(value)):
+            value = _bare(value)  # the parentheses were for the method's dot
+        comments = [] if is_method else _comments(updated)
+        if comments or _spills(value):
+            value = _wrap(
+                value,
+                updated.whitespace_before_args if comments else None,
+                updated.args[-1].whitespace_after_arg if comments else None,
+            )
+        elif not _is_term(value) and not _accepts(self.parents.get(original), value) and not updated.lpar:
+            value = _wrap(value)
+        return value.with_changes(lpar=[*updated.lpar, *value.lpar], rpar=[*value.rpar, *updated.rpar])
+
+    def _assigned(self, core: cst.Call, added: cst.Call, statement: cst.Expr, change: _GateEdit) -> cst.Assign:
+        """The statement `out.add_(identity)` with a gated receiver, as an assignment to `out`."""
+        span = change.where.span
+        assert isinstance(core.func, cst.Attribute)
+        assert isinstance(added.func, cst.Attribute)
+        name, target = core.func.attr.value, _bare(core.func.value)
+        if name not in _INPLACE_SUMS or not _is_path(target):
+            raise ConversionError(f"{span}: a gate on the receiver of this call would be lost")
+        gated = added.func.value
+        value: cst.BaseExpression
+        if len(added.args) == 1 and not added.args[0].star and _keyword(added.args[0]) in ("", "other"):
+            gated = self._gated(core, target.deep_clone(), change)
+            right = _as_right_operand(added.args[0].value)
+            value = cst.BinaryOperation(left=gated, operator=_INPLACE_SUMS[name](), right=right)
+        else:
+            value = added.with_changes(func=added.func.with_changes(value=gated, attr=cst.Name(name[:-1])))
+        if _spills(value):
+            value = _wrap(value)
+        target = target.deep_clone()
+        assert isinstance(target, cst.BaseAssignTargetExpression)
+        return cst.Assign(targets=[cst.AssignTarget(target)], value=value, semicolon=statement.semicolon)
+
+    def _operand(self, original: cst.Call, call: cst.Call, operand: Operand) -> cst.BaseExpression:
+        """The operand's expression in `call`, a version of `original`."""
+        if self._is_method(original, operand) and operand.index == 0:
+            assert isinstance(call.func, cst.Attribute)
+            return call.func.value
+        return call.args[self._argument(original, operand)].value
+
+    def _with_operand(
+        self, original: cst.Call, call: cst.Call, operand: Operand, value: cst.BaseExpression
+    ) -> cst.Call:
+        if self._is_method(original, operand) and operand.index == 0:
+            return call.with_changes(func=call.func.with_changes(value=parenthesised(value)))
+        position = self._argument(original, operand)
+        args = list(call.args)
+        args[position] = args[position].with_changes(value=value)
+        return call.with_changes(args=args)
+
+    def _argument(self, call: cst.Call, operand: Operand) -> int:
+        """The position in `call.args` of the operand."""
+        index = operand.index
+        if isinstance(index, int):
+            index -= self._is_method(call, operand)
+            for position, arg in enumerate(call.args):
+                if arg.star or arg.keyword is not None:
+                    break
+                if position == index:
+                    return position
+        for position, arg in enumerate(call.args):
+            if arg.keyword is not None and arg.keyword.value == operand.index:
+                return position
+        raise ConversionError(f"{operand.span}: the call has no argument {operand.index!r} (has the file changed?)")
+
+    def _is_method(self, call: cst.Call, operand: Operand) -> bool:
+        """Whether the call is a tensor's method: `x.add_(y)`, `out.relu()`; not `torch.add`, `self.relu`."""
+        func = call.func
+        if not isinstance(func, cst.Attribute):
+            return False
+        root: cst.BaseExpression = func.value
+        while isinstance(root, (cst.Attribute, cst.Subscript)):
+            root = root.value
+        if isinstance(root, cst.Name) and call in self.parents and root.value not in self._bound(call):
+            return False  # a module: torch.add
+        positional = sum(1 for arg in call.args if arg.keyword is None and not arg.star)
+        if func.attr.value in _SUMS:
+            return positional < 2
+        if positional == 0:
+            return not isinstance(operand.index, str)
+        return isinstance(operand.index, int) and isinstance(call.args[0].value, (cst.BaseNumber, cst.UnaryOperation))
+
+    def _bound(self, node: cst.CSTNode) -> frozenset[str]:
+        """Names that the functions around `node` bind."""
+        names: set[str] = set()
+        for around in _ancestors(node, self.parents):
+            if isinstance(around, (cst.FunctionDef, cst.Lambda)):
+                collector = _Names()
+                around.visit(collector)
+                names |= collector.names
+        return frozenset(names)
+
+    def _first_argument(self, node: cst.CSTNode, span: Span) -> str:
+        """The name of `self` in the method around `node`."""
+        method: cst.FunctionDef | cst.Lambda | None = None
+        for around in _ancestors(node, self.parents):
+            if isinstance(around, cst.ClassDef):
+                break
+            if isinstance(around, (cst.FunctionDef, cst.Lambda)):
+                method = around
+        params = [] if method is None else [*method.params.posonly_params, *method.params.params]
+        if not params:
+            raise ConversionError(f"{span}: not in a method, so there is no module to hold the alpha")
+        return params[0].name.value
+
+
+class _Names(cst.CSTVisitor):
+    """Collects the names that a function's parameters and assignments bind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def visit_Param(self, node: cst.Param) -> None:
+        self.names.add(node.name.value)
+
+    def visit_AssignTarget(self, node: cst.AssignTarget) -> None:
+        self._bind(node.target)
+
+    def visit_AnnAssign(self, node: cst.AnnAssign) -> None:
+        self._bind(node.target)
+
+    def visit_AugAssign(self, node: cst.AugAssign) -> None:
+        self._bind(node.target)
+
+    def visit_For(self, node: cst.For) -> None:
+        self._bind(node.target)
+
+    def visit_CompFor(self, node: cst.CompFor) -> None:
+        self._bind(node.target)
+
+    def visit_NamedExpr(self, node: cst.NamedExpr) -> None:
+        self._bind(node.target)
+
+    def visit_AsName(self, node: cst.AsName) -> None:
+        if isinstance(node.name, cst.BaseExpression):
+            self._bind(node.name)
+
+    def _bind(self, target: cst.BaseExpression) -> None:
+        if isinstance(target, cst.Name):
+            self.names.add(target.value)
+        elif isinstance(target, (cst.Tuple, cst.List)):
+            for element in target.elements:
+                self._bind(element.value)
+
+
+_NO_SPACE = cst.SimpleWhitespace("")
+_TERMS = (cst.Name, cst.Attribute, cst.Subscript, cst.Call, cst.Await, cst.BaseNumber)
+_DISPLAYS = (cst.List, cst.Dict, cst.Set, cst.ListComp, cst.DictComp, cst.SetComp, cst.BaseString)
+_TIGHT = (cst.Multiply, cst.Divide, cst.MatrixMultiply, cst.FloorDivide, cst.Modulo, cst.Power)
+
+
+def _is_term(node: cst.BaseExpression) -> bool:
+    return bool(node.lpar) or isinstance(node, _TERMS + _DISPLAYS)
+
+
+def _is_path(node: cst.BaseExpression) -> bool:
+    """Whether `node` is a name or an attribute path from a name."""
+    while isinstance(node, cst.Attribute):
+        node = node.value
+    return isinstance(node, cst.Name)
+
+
+def _as_right_operand(node: cst.BaseExpression) -> cst.BaseExpression:
+    """`node` as the right side of a sum."""
+    if isinstance(node, cst.BinaryOperation) and isinstance(node.operator, _TIGHT):
+        return node
+    if isinstance(node, cst.UnaryOperation) and not isinstance(node.operator, cst.Not):
+        return node
+    return parenthesised(node)
+
+
+def _wrap(
+    node: cst.BaseExpression,
+    before: cst.BaseParenthesizableWhitespace | None = None,
+    after: cst.BaseParenthesizableWhitespace | None = None,
+) -> cst.BaseExpression:
+    left = cst.LeftParen(whitespace_after=before or _NO_SPACE)
+    right = cst.RightParen(whitespace_before=after or _NO_SPACE)
+    return node.with_changes(lpar=[left, *node.lpar], rpar=[*node.rpar, right])
+
+
+def _bare(node: cst.BaseExpression) -> cst.BaseExpression:
+    return node.with_changes(lpar=[], rpar=[])
+
+
+def _accepts(parent: cst.CSTNode | None, node: cst.BaseExpression) -> bool:
+    """Whether `node`, an argument of a call so far, can stand below `parent` without parentheses."""
+    if isinstance(node, cst.NamedExpr):
+        return isinstance(parent, cst.Arg)
+    return isinstance(
+        parent, (cst.Arg, cst.Assign, cst.AnnAssign, cst.AugAssign, cst.Return, cst.Expr, cst.Element, cst.Index)
+    )
+
+
+def _spills(node: cst.BaseExpression) -> bool:
+    """Whether a line break in `node` is not inside brackets."""
+    code = cst.Module(body=[]).code_for_node(node)
+    if "\n" not in code and "\r" not in code:
+        return False
+    try:
+        return len(ast.parse(f"_ = {code}").body) != 1
+    except SyntaxError:
+        return True
+
+
+def _comments(call: cst.Call) -> list[cst.BaseParenthesizableWhitespace]:
+    """White space with comments that would go with the call's parentheses."""
+    spaces = [call.whitespace_before_args, *(arg.whitespace_after_arg for arg in call.args[-1:])]
+    return [space for space in spaces if isinstance(space, cst.ParenthesizedWhitespace) and _has_comment(space)]
+
+
+def _has_comment(space: cst.ParenthesizedWhitespace) -> bool:
+    return space.first_line.comment is not None or any(line.comment is not None for line in space.empty_lines)
+
+
+def _keyword(arg: cst.Arg) -> str:
+    return "" if arg.keyword is None else arg.keyword.value
+
+
+def _ancestors(node: cst.CSTNode, parents: Mapping[cst.CSTNode, cst.CSTNode]) -> Iterator[cst.CSTNode]:
+    around = parents.get(node)
+    while around is not None:
+        yield around
+        around = parents.get(around)
+
+
+def _unattached(lines: Sequence[cst.EmptyLine]) -> list[cst.EmptyLine]:
+    """Leading lines less the comment block that stands directly above the statement."""
+    kept = list(lines)
+    while kept and kept[-1].comment is not None:
+        kept.pop()
+    return kept
+
+
+def _joined(orphans: Sequence[cst.EmptyLine], lines: Sequence[cst.EmptyLine]) -> list[cst.EmptyLine]:
+    """Leading lines of a removed statement before those of the next, without doubling blank lines."""
+    head = list(orphans)
+    if lines and lines[0].comment is None:
+        while head and head[-1].comment is None:
+            head.pop()
+    return [*head, *lines]

@@ -1,0 +1,151 @@
+"""Source text and its syntax trees, by file name: files on disk, notebook cells, text registered by us."""
+
+from __future__ import annotations
+
+import ast
+import linecache
+import tokenize
+from functools import lru_cache
+from pathlib import Path
+
+from .errors import ConversionError
+from .plan import Place, Span
+
+FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
+
+
+def register(file: str, text: str) -> None:
+    """Make `text` known under `file`, to us and to `linecache` (tracebacks, `inspect`, TorchScript)."""
+    lines = text.splitlines(keepends=True)
+    linecache.cache[file] = (len(text), None, lines, file)
+    _forget()
+
+
+def text(file: str) -> str:
+    """The text of `file`: from `linecache` if it holds it, else from disk.
+
+    Raises:
+        ConversionError: the text cannot be had.
+    """
+    lines = linecache.getlines(file)
+    if lines:
+        return "".join(lines)
+    try:
+        with tokenize.open(Path(file)) as stream:
+            return stream.read()
+    except (OSError, SyntaxError, UnicodeDecodeError) as error:
+        raise ConversionError(f"{file}: no source text ({error})") from error
+
+
+@lru_cache(maxsize=512)
+def lines(file: str) -> tuple[str, ...]:
+    """The lines of `file` with their ends. Only "\\n" ends a line here, as for Python's own line numbers."""
+    return tuple(line + "\n" for line in text(file).split("\n"))
+
+
+@lru_cache(maxsize=512)
+def tree(file: str) -> ast.Module:
+    """The parsed file.
+
+    Raises:
+        ConversionError: the text cannot be had or has a syntax error; the message gives file and line.
+    """
+    try:
+        return ast.parse(text(file))
+    except (SyntaxError, ValueError) as error:
+        line = getattr(error, "lineno", None)
+        where = f"{file}:{line}" if line else file
+        raise ConversionError(f"{where}: syntax error: {getattr(error, 'msg', error)}") from error
+
+
+def segment(span: Span) -> str:
+    """The text of `span`, line breaks and all."""
+    rows = lines(span.file)[span.line - 1 : span.end_line]
+    if not rows:
+        return ""
+    data = [row.encode() for row in rows]
+    data[-1] = data[-1][: span.end_col]
+    data[0] = data[0][span.col :]
+    return b"".join(data).decode()
+
+
+def span_of(file: str, node: ast.expr | ast.stmt) -> Span:
+    return Span(file, node.lineno, node.col_offset, node.end_lineno or node.lineno, node.end_col_offset or 0)
+
+
+def expression(span: Span) -> ast.AST | None:
+    """The expression or augmented assignment at `span`.
+
+    The interpreter gives a call in a chain over several lines the line of its attribute as start, so calls are found
+    by their end. Of several nodes with one range the innermost is returned.
+    """
+    found: ast.AST | None = None
+    for node in _ends(span.file).get((span.end_line, span.end_col), ()):
+        if (node.lineno, node.col_offset) == (span.line, span.col):
+            found = node
+        elif isinstance(node, ast.Call) and node.lineno <= span.line and found is None and _attribute_on(node, span.line):
+            found = node
+    return found
+
+
+def function(place: Place) -> FunctionNode | None:
+    """The definition of the function at `place`."""
+    for node in _functions(place.file):
+        first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))])
+        if first == place.line and getattr(node, "name", "<lambda>") == place.name:
+            return node
+    return None
+
+
+def class_of(file: str, qualname: str) -> ast.ClassDef | None:
+    """The definition of the class with this qualified name."""
+    body: list[ast.stmt] = tree(file).body
+    found: ast.ClassDef | None = None
+    for name in qualname.split("."):
+        if name == "<locals>":
+            continue
+        match = [node for node in _definitions(body) if node.name == name]
+        if not match:
+            return None
+        body = match[-1].body
+        found = match[-1] if isinstance(match[-1], ast.ClassDef) else None
+    return found
+
+
+def _definitions(body: list[ast.stmt]) -> list[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Definitions in `body`, also below `if`, `try` and `with`."""
+    found: list[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef] = []
+    for node in body:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            found.append(node)
+        else:
+            for part in ("body", "orelse", "finalbody", "handlers"):
+                for child in getattr(node, part, []):
+                    found += _definitions([child] if isinstance(child, ast.stmt) else child.body)
+    return found
+
+
+def _attribute_on(call: ast.Call, line: int) -> bool:
+    return isinstance(call.func, ast.Attribute) and call.func.end_lineno == line
+
+
+@lru_cache(maxsize=512)
+def _ends(file: str) -> dict[tuple[int, int], list[ast.expr | ast.stmt]]:
+    """Expressions and augmented assignments by end position, outermost first."""
+    index: dict[tuple[int, int], list[ast.expr | ast.stmt]] = {}
+    for node in ast.walk(tree(file)):
+        if isinstance(node, (ast.expr, ast.AugAssign)):
+            index.setdefault((node.end_lineno or 0, node.end_col_offset or 0), []).append(node)
+    return index
+
+
+@lru_cache(maxsize=512)
+def _functions(file: str) -> tuple[FunctionNode, ...]:
+    return tuple(
+        node for node in ast.walk(tree(file)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+    )
+
+
+def _forget() -> None:
+    for cache in (lines, tree, _ends, _functions):
+        cache.cache_clear()
