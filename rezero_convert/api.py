@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import os
 import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from .capture import capture
+from . import sources
+from .capture import capture, static
 from .detect import detect
 from .errors import ConversionError, NoEffectWarning
 from .options import options as make_options
-from .plan import Plan
+from .plan import Options, Plan, Site
 from .report import Report
-from .rewrite import modules
+from .rewrite import modules, source
 from .validate import validate
 
 
@@ -70,16 +75,79 @@ def convert(
     if not plan.converted:
         warnings.warn(_nothing(plan), NoEffectWarning, stacklevel=2)
         return model if inplace else copy.deepcopy(model)
-    result = copy.deepcopy(model)
-    modules.rewrite(result, plan)
-    if verify:
-        check = validate(result, example_inputs)
-        if not check.ok:
-            raise ConversionError(f"{type(model).__qualname__}: the conversion does not hold: {check.failures[0]}")
-    if not inplace:
-        return result
-    modules.rewrite(model, plan)
-    return model
+    result = model if inplace else copy.deepcopy(model)
+    with modules.rewrite(result, plan) as undo:
+        if verify:
+            check = validate(result, example_inputs)
+            if not check.ok:
+                raise ConversionError(f"{type(model).__qualname__}: the conversion does not hold: {check.failures[0]}")
+        undo.pop_all()
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class SourceResult:
+    """A file's new text and the report on it."""
+
+    text: str
+    report: Report
+    notes: tuple[str, ...] = ()
+    """What became unused by the rewriting, and what was left as it is."""
+
+
+def convert_source(
+    text: str, *, file: str = "<source>", model: nn.Module | None = None, example_inputs: Any = None, **options: Any
+) -> SourceResult:
+    """Rewrite the residual blocks in the text of a file; nothing is written, and nothing executed unless `model` is given.
+
+    Args:
+        text: the content of the file.
+        file: its name, for the report; with `model`, the path that it was imported from.
+        model: an instance of the file's classes: decides by a recorded run what the text alone leaves open.
+        example_inputs: for `model`; as for `convert`.
+        **options: as for `convert`.
+
+    Raises:
+        ConversionError: the text has a syntax error, or the model cannot be captured.
+    """
+    plan = _source_plan(text, file, model, example_inputs, make_options(**options))
+    made = source.rewrite(text, plan, file)
+    return SourceResult(made.text, Report(plan, title=file), made.notes)
+
+
+def audit_source(
+    text: str, *, file: str = "<source>", model: nn.Module | None = None, example_inputs: Any = None, **options: Any
+) -> Report:
+    """What `convert_source` would do, and why not elsewhere."""
+    return Report(_source_plan(text, file, model, example_inputs, make_options(**options)), title=file)
+
+
+def _source_plan(text: str, file: str, model: nn.Module | None, example_inputs: Any, options: Options) -> Plan:
+    if model is not None:
+        plan = detect(capture(model, example_inputs), options)
+        own = os.path.realpath(file)
+        here = [site for site in plan.sites if site.span is not None and os.path.realpath(site.span.file) == own]
+        return dataclasses.replace(plan, sites=tuple(here))
+    sources.register(file, text)
+    plans = [detect(trace, options) for trace in static.traces(file)]
+    sites = _by_place((site for plan in plans for site in plan.sites), file)
+    notes = tuple(dict.fromkeys(note for plan in plans for note in plan.notes))
+    return Plan(sites, options, "static", sum(plan.scalars for plan in plans), notes)
+
+
+def _by_place(sites: Iterable[Site], file: str) -> tuple[Site, ...]:
+    """One site per add of the file: seen from its own class first, else from a class that holds it."""
+    best: dict[Any, Site] = {}
+    for site in sites:
+        if site.span is not None and site.span.file == file:
+            best[site.span] = min(best.get(site.span, site), site, key=_distance)
+    return tuple(best[span] for span in sorted(best))
+
+
+def _distance(site: Site) -> tuple[bool, bool, bool]:
+    """How far the context of a static finding is from its class; a block found from afar beats a refusal at home."""
+    own = site.place is not None and site.place.cls == site.cls
+    return site.verdict == "refused", site.path != "", not own
 
 
 def _nothing(plan: Plan) -> str:

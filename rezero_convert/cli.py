@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import tempfile
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -19,6 +20,7 @@ from . import __version__
 from .errors import ConversionError
 
 if TYPE_CHECKING:
+    from .api import SourceResult
     from .report import Report
 
 PROGRAM = "rezero-convert"
@@ -59,6 +61,8 @@ class _Result:
     text: str
     report: Report
     notes: tuple[str, ...] = ()
+    validation: dict[str, Any] | None = None
+    """Exact route: `Validation.to_dict()` of the rewritten file."""
 
     @property
     def changed(self) -> bool:
@@ -116,11 +120,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return _failed("interrupted")
+    except Exception as error:
+        return _crashed(error)
 
 
 def _failed(message: str) -> int:
     print(f"{PROGRAM}: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
+
+
+def _crashed(error: Exception, what: str = "") -> int:
+    """A mistake of ours: one line as well, and not Python's exit code 1, which means something here."""
+    if sys.flags.dev_mode:
+        raise error
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    message = f"{what}internal error: {type(error).__name__}: {error} ({place.filename}:{place.lineno})"
+    return _failed(f"{message}; python -X dev -m rezero_convert shows the traceback")
 
 
 # Arguments
@@ -239,8 +254,11 @@ def _convert(arguments: argparse.Namespace) -> int:
         except ConversionError as error:
             failed = bool(_failed(str(error)))
             continue
+        except Exception as error:
+            failed = bool(_crashed(error, f"{name}: "))
+            continue
         changed |= result.changed
-        reports.append({"file": name, **result.report.to_dict(), "notes": _notes(result)})
+        reports.append(_json(result))
     if arguments.json and reports:
         _print_json(reports, single)
     if failed:
@@ -336,29 +354,36 @@ def _rewrite(file: _File, arguments: argparse.Namespace, given: dict[str, Any], 
 
     if arguments.model is None:
         made = api.convert_source(file.text, file=file.name, **given)
-        return _Result(file, made.text, made.report, tuple(made.notes))
+        return _result(file, made)
     from . import fresh, targets
 
     if file.path is None:
         raise ConversionError("--model needs a file to import, not standard input")
     path = file.path.resolve()
-    namespace = vars(targets.load(path))
+    namespace = vars(targets.load(file.path))
     model = targets.model_of("--model", arguments.model, namespace)
     inputs = None if arguments.inputs is None else targets.evaluate("--inputs", arguments.inputs, namespace)
     with targets.quiet_stdout(), targets.told(f"{file.name}: --model {arguments.model!r}"):
         made = api.convert_source(file.text, file=str(path), model=model, example_inputs=inputs, **given)
-    result = _Result(file, made.text, made.report, tuple(made.notes))
+    result = _result(file, made)
     if result.changed:
         proof = fresh.prove(path, result.text, arguments.model, arguments.inputs)
         if not proof.ok:
-            raise ConversionError(f"{file.name}: the rewritten file does not hold: {_last(proof.text)}")
-        note = f"imported in a fresh process and validated: {_last(proof.text)}"
-        result = dataclasses.replace(result, notes=(*result.notes, note))
+            first, *more = proof.failures
+            others = f" (and {len(more)} more)" if more else ""
+            raise ConversionError(f"{file.name}: the rewritten file does not hold: {first}{others}")
+        note = f"imported in a fresh process, where {proof.blocks} gated blocks were validated"
+        result = dataclasses.replace(result, notes=(*result.notes, note), validation=proof.details)
     return result
 
 
-def _last(text: str) -> str:
-    return text.strip().splitlines()[-1].strip() if text.strip() else "no reason given"
+def _result(file: _File, made: SourceResult) -> _Result:
+    return _Result(file, made.text, dataclasses.replace(made.report, title=file.name), tuple(made.notes))
+
+
+def _json(result: _Result) -> dict[str, Any]:
+    found = {"file": result.file.name, **result.report.to_dict(), "notes": _notes(result)}
+    return found if result.validation is None else {**found, "validation": result.validation}
 
 
 def _notes(result: _Result) -> list[str]:
@@ -396,7 +421,7 @@ def _replace(path: Path, data: bytes, mode_of: Path | None) -> None:
     Raises:
         ConversionError: it cannot be written.
     """
-    path = path.resolve()
+    shown, path = path, path.resolve()
     mode = next((one.stat().st_mode & 0o7777 for one in (path, mode_of) if one is not None and one.exists()), 0o644)
     try:
         if path.is_dir():
@@ -411,7 +436,7 @@ def _replace(path: Path, data: bytes, mode_of: Path | None) -> None:
             os.unlink(temporary)
             raise
     except OSError as error:
-        raise ConversionError(f"{path}: cannot be written: {error.strerror}") from error
+        raise ConversionError(f"{shown}: cannot be written: {error.strerror}") from error
 
 
 def diff(name: str, before: str, after: str) -> str:

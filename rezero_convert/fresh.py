@@ -18,11 +18,20 @@ from .errors import ConversionError
 class Proof:
     """What a fresh process found."""
 
-    ok: bool
-    text: str
-    """The validation, printed; the error, if it did not come to that."""
     details: dict[str, Any]
-    """`Validation.to_dict()`; empty after an error."""
+    """`Validation.to_dict()`."""
+
+    @property
+    def ok(self) -> bool:
+        return bool(self.details["ok"])
+
+    @property
+    def failures(self) -> list[str]:
+        return list(self.details["failures"])
+
+    @property
+    def blocks(self) -> int:
+        return len(self.details["blocks"])
 
 
 def prove(file: Path, rewritten: str, model: str, inputs: str | None) -> Proof:
@@ -50,7 +59,7 @@ def prove(file: Path, rewritten: str, model: str, inputs: str | None) -> Proof:
         found = json.loads(result_file.read_text())
     if "error" in found:
         raise ConversionError(f"{file}: the rewritten file fails in a fresh process: {found['error']}")
-    return Proof(found["ok"], found["text"], found["details"])
+    return Proof(found)
 
 
 def main(request: str) -> int:
@@ -76,7 +85,7 @@ def _validate(asked: dict[str, Any]) -> dict[str, Any]:
     inputs = None if asked["inputs"] is None else evaluate("--inputs", asked["inputs"], namespace)
     with quiet_stdout():
         found = validate(model, inputs)
-    return {"ok": bool(found.ok), "text": str(found), "details": found.to_dict()}
+    return found.to_dict()
 
 
 def _import_path() -> list[str]:

@@ -86,7 +86,7 @@ class Report:
         }
 
     def __str__(self) -> str:
-        lines = [_heading(self)]
+        lines = _wrapped([_heading(self)])
         for group in grouped(self.plan.sites):
             lines += _block(group)
         lines += _wrapped([f"note: {note}" for note in (*self.plan.notes, *self.notes)])
@@ -161,10 +161,11 @@ def short(file: str, limit: int = 60) -> str:
 def _relative(file: str) -> str:
     if not os.path.isabs(file):
         return file
-    # The longest first: site-packages lies below the prefix of a virtual environment in the working directory.
-    for root in sorted({entry for entry in sys.path if os.path.isabs(entry)} | {os.getcwd()}, key=len, reverse=True):
+    installed = f"{os.sep}site-packages{os.sep}"  # may lie below the working directory, in a virtual environment
+    roots = sys.path if installed in file else [os.getcwd(), *sys.path]
+    for root in roots:
         prefix = root.rstrip(os.sep) + os.sep
-        if prefix != os.sep and file.startswith(prefix):
+        if prefix != os.sep and file.startswith(prefix) and installed not in f"{os.sep}{file.removeprefix(prefix)}":
             return file.removeprefix(prefix)
     return file
 
@@ -173,7 +174,7 @@ def totals(report: Report) -> str:
     """One line: adds per verdict, gates, norms, adds that were only counted."""
     done = report.plan.converted
     norms = [norm for site in done for norm in site.norms if norm.action != "keep"]
-    gates = {(site.path, gate.alpha) for site in done for gate in site.gates}
+    gates = {(site.path, site.cls, gate.alpha) for site in done for gate in site.gates}
     # A verdict without a plural of its own reads as a number of adds.
     parts = [f"{count} {_PLURALS.get(verdict, verdict)}" for verdict, count in report.counts.items() if count]
     line = ", ".join(parts) if parts else "no adds of tensors"
@@ -193,12 +194,16 @@ def today(alphas: Mapping[str, tuple[float, ...]]) -> list[str]:
 
 
 def _key(site: Site) -> tuple[object, ...]:
+    """What equal sites have in common. Numbers in reasons are those of module paths and shapes: not compared."""
     gates = tuple((gate.alpha, gate.existing, gate.shape, gate.init) for gate in site.gates)
-    norms = tuple((_local(norm.path, site.path), norm.type, norm.action, norm.reason) for norm in site.norms)
+    norms = tuple(
+        (_local(norm.path, site.path), norm.type, norm.action, _DIGITS.sub("#", norm.reason)) for norm in site.norms
+    )
     repairs = tuple((_local(repair.parameter, site.path), repair.how) for repair in site.repairs)
     activation = site.activation and (site.activation.type, site.activation.action)
     place = site.span or (site.path, site.place)
-    return (place, site.verdict, site.code, site.cls, site.form, site.reason, gates, norms, repairs, activation)
+    reason = _DIGITS.sub("#", site.reason.replace(f"{site.path}.", "") if site.path else site.reason)
+    return (place, site.verdict, site.code, site.cls, site.form, reason, gates, norms, repairs, activation)
 
 
 def _local(path: str, owner: str) -> str:
@@ -238,8 +243,9 @@ def _block(group: Sites) -> list[str]:
     """A group as text: the line to grep for, the source, the remarks."""
     site = group.first
     times = f" (x {len(group.paths)})" if len(group.paths) > 1 else ""
-    parts = (where_of(site.span), site.code, site.verdict, site.form, compact(group.paths) + times, site.cls)
-    head = " ".join(part for part in (*parts, " ".join(group.alphas)) if part)
+    kind = " ".join(part for part in (where_of(site.span), site.code, site.verdict, site.form) if part)
+    who = ", ".join(part for part in (compact(group.paths) + times, site.cls, *group.alphas) if part)
+    head = f"{kind}: {who}"
     code = textwrap.shorten(site.text.strip(), WIDTH - 4, placeholder=" ...") if site.text.strip() else ""
     lines = _wrapped([head], indent="    ")
     lines += [f"    {code}"] if code else []
@@ -254,8 +260,9 @@ def _remarks(group: Sites) -> list[str]:
             found.append(f"gate {gate.alpha} was there{'' if gate.init is None else f', set to {gate.init:g}'}")
     found += [_norm_remark(norm, site) for norm in site.norms]
     if site.activation is not None:
-        action = "moved into the branch" if site.activation.action == "move" else "kept"
-        found.append(f"{site.activation.type} after the add {action}{_because(site.activation.reason)}")
+        moved = site.activation.action == "move"
+        action = "moved into the branch" if moved else f"kept{_because(site.activation.reason)}"
+        found.append(f"{site.activation.type} after the add {action}")
     return found + [_repair_remark(repair, site) for repair in site.repairs]
 
 

@@ -16,8 +16,10 @@ FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
 def register(file: str, text: str) -> None:
     """Make `text` known under `file`, to us and to `linecache` (tracebacks, `inspect`, TorchScript)."""
-    lines = text.splitlines(keepends=True)
-    linecache.cache[file] = (len(text), None, lines, file)
+    rows = [line + "\n" for line in text.split("\n")]
+    if rows[-1] == "\n":
+        rows.pop()  # the text ends with a line end, or is empty
+    linecache.cache[file] = (len(text), None, rows, file)
     _forget()
 
 

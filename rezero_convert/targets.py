@@ -7,6 +7,7 @@ what was raised, and on which line.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import os
 import sys
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
-from importlib.util import spec_from_file_location
+from importlib.util import find_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,6 +26,7 @@ from torch import nn
 
 from .errors import ConversionError
 from .options import unknown
+from .report import short
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +65,8 @@ def load(file: Path, text_file: Path | None = None) -> ModuleType:
     loaded = sys.modules.get(name)
     if loaded is not None and getattr(loaded, "__file__", None) == str(file.resolve()) and text_file is None:
         return loaded
-    if loaded is not None:
-        name = f"{name}_"  # taken by another module, say the standard library's
+    while name in sys.modules:
+        name += "_"  # taken by another module, say the standard library's
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
     finder = _Replaced(name, str(text_file or file.resolve()))
@@ -158,11 +160,11 @@ def one_line(error: BaseException) -> str:
 def _line_of(error: BaseException, file: Path | None) -> str:
     """Where the user's code raised: the last of its lines on the traceback."""
     if isinstance(error, SyntaxError) and error.lineno:
-        return f" ({error.filename}:{error.lineno})"
+        return f" ({short(str(error.filename))}:{error.lineno})"
     own = str(file.resolve()) if file else None
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_users(frame.filename)]
     chosen = [frame for frame in frames if frame.filename == own] or frames
-    return f" ({chosen[-1].filename}:{chosen[-1].lineno})" if chosen else ""
+    return f" ({short(chosen[-1].filename)}:{chosen[-1].lineno})" if chosen else ""
 
 
 def _is_users(file: str) -> bool:
@@ -224,14 +226,31 @@ def _on_meta(what: str, make: Callable[[], nn.Module]) -> Target:
     try:
         with quiet_stdout(), torch.device("meta"):
             return Target(make().eval())
-    except (RuntimeError, NotImplementedError, ValueError, TypeError) as error:
+    except Exception as error:
         with quiet_stdout(), told(what):
             model = make().eval()
         return Target(model, notes=(f"built with real weights: on the meta device {one_line(error)}",))
 
 
+def _declare_operators() -> None:
+    """Let a torchvision be imported whose operators cannot be loaded.
+
+    torchvision from PyPI beside a CPU build of torch fails at import, for lack of two operators that no backbone runs.
+    """
+    found = find_spec("torchvision") if "torchvision" not in sys.modules else None
+    if found is None or found.origin is None or hasattr(torch.ops.torchvision, "nms"):
+        return
+    try:
+        for library in Path(found.origin).parent.glob("_C*"):
+            ctypes.CDLL(str(library))
+    except OSError:
+        for name in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
 def _package(name: str) -> Any:
     try:
+        _declare_operators()
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name != name:

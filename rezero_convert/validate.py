@@ -21,9 +21,9 @@ from rich.table import Table
 from torch import fx, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from .capture import capture
+from .capture import check_model
 from .capture.inputs import resolve_inputs
-from .capture.recorded import replay
+from .capture.recorded import record, replay
 from .capture.trace import Trace
 from .detect import blocks as detected
 from .detect import gates
@@ -171,6 +171,7 @@ def validate(model: nn.Module, example_inputs: Any = None) -> Validation:
     Raises:
         ConversionError: the model cannot be captured, or has no gate at all.
     """
+    check_model(model)
     plan = modules.record(model)
     args, kwargs = resolve_inputs(model, example_inputs)
     named = dict(modules.alphas(model))
@@ -181,7 +182,7 @@ def validate(model: nn.Module, example_inputs: Any = None) -> Validation:
     meta = any(value.is_meta for value in [*model.parameters(), *model.buffers()])
     for mode in ("eval", "train"):
         try:
-            trace = capture(model, (args, kwargs), training=mode == "train")
+            trace = record(model, args, kwargs, training=mode == "train")
         except ConversionError as error:
             if mode == "eval":
                 raise
@@ -334,17 +335,19 @@ def _observe(
     named: dict[str, nn.Parameter],
     mode: str,
 ) -> tuple[dict[int, list[Check]], tuple[str, ...]]:
-    """Run twice with real numbers, gates at 0 and gates at random; the checks by block, and the gates asleep."""
+    """Run with real numbers, gates at 0 and (in eval mode) at random; the checks by block, and the gates asleep."""
     checks: dict[int, list[Check]] = {block.sum: [] for block in found}
     with _gates_at(named.values(), zero=True):
         seen, outputs = _run(model, args, kwargs, flow, found, mode)
         for block in found:
             checks[block.sum] += _at_zero(block, seen, named, mode)
         asleep = _asleep(outputs, named) if mode == "eval" else ()
-    with _gates_at(named.values(), zero=False):
-        seen, _ = _run(model, args, kwargs, flow, found, mode)
-        for block in found:
-            checks[block.sum] += _at_random(model, block, seen, mode)
+        del seen, outputs  # a run's activations; the next run has its own
+    if mode == "eval":
+        with _gates_at(named.values(), zero=False):
+            seen, _ = _run(model, args, kwargs, flow, found, mode)
+            for block in found:
+                checks[block.sum] += _at_random(model, block, seen, mode)
     return checks, asleep
 
 

@@ -33,8 +33,8 @@ from transformers import (
 )
 
 from rezero_convert import sources
-from rezero_convert.capture import capture, infer_inputs, normalize_inputs
-from rezero_convert.capture.recorded import RUNGS, record_on
+from rezero_convert.capture import capture, infer_inputs, normalize_inputs, resolve_inputs
+from rezero_convert.capture.recorded import RUNGS, record, record_on, replay
 from rezero_convert.capture.symbolic import trace_symbolically
 from rezero_convert.capture.trace import Trace, origin
 from rezero_convert.errors import ConversionError
@@ -155,7 +155,10 @@ def test_normalized_inputs() -> None:
 
 def test_inferred_inputs() -> None:
     assert infer_inputs(Doubling()) is None
-    vit = ViTModel(ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, image_size=32))
+    with pytest.raises(ConversionError, match="Doubling does not describe its inputs; pass example_inputs="):
+        resolve_inputs(Doubling(), None)
+    config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=32, intermediate_size=8)
+    vit = ViTModel(config)
     inferred = infer_inputs(vit)
     assert inferred is not None
     assert inferred[1]["pixel_values"].shape == (2, 3, 32, 32)
@@ -214,8 +217,9 @@ def test_llama() -> None:
         hidden_size=16, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, vocab_size=16, pad_token_id=0
     )
     trace = capture(LlamaModel(config), {"input_ids": torch.ones(2, 3, dtype=torch.long)})
-    check_real(trace, "recorded (fake tensors)", {"residual + hidden_states": 4, "(q * cos) + (rotate_half(q) * sin)": 2})
-    rotary = [node for node in adds(trace) if "rotate_half" in sources.segment(origin(node).frames[0].span)][0]
+    expected = {"residual + hidden_states": 4, "(q * cos) + (rotate_half(q) * sin)": 2}
+    check_real(trace, "recorded (fake tensors)", expected)
+    rotary = next(node for node in adds(trace) if "rotate_half" in sources.segment(origin(node).frames[0].span))
     inner, outer = origin(rotary).frames
     assert (inner.place.qualname, inner.owner) == ("apply_rotary_pos_emb", None)
     assert (outer.place.qualname, outer.owner) == ("LlamaAttention.forward", "layers.0.self_attn")
@@ -385,6 +389,53 @@ def test_activations_are_not_kept_on_real_tensors() -> None:
     assert len(adds(trace)) == 4
 
 
+class Alternating(Net):
+    turn = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        Alternating.turn += 1
+        return x + self.lin(x) if Alternating.turn % 2 else x - self.lin(x)
+
+
+def test_replay_refuses_another_path() -> None:
+    model = Alternating()
+    trace = capture(model, torch.zeros(2, 4))
+    with pytest.raises(ConversionError, match="another path"):
+        replay(model, (torch.zeros(2, 4),), {}, trace, lambda *_: None)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_replay_shows_real_values_with_gradients(training: bool) -> None:
+    model = torchvision.models.resnet18().eval()
+    x = torch.randn(2, 3, 64, 64)
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    trace = record(model, (x,), {}, training=training)
+    nodes = list(trace.graph.nodes)
+    seen: dict[int, Tensor] = {}
+
+    def observe(index: int, node: fx.Node, value: Tensor) -> None:
+        assert node is nodes[index]
+        assert tuple(value.shape) == origin(node).shape
+        seen[index] = value.detach() * 1
+
+    (output,) = replay(model, (x,), {}, trace, observe, training=training)
+    assert len(seen) == len(nodes) - 1
+    last_add = nodes.index(adds(trace)[-1])
+    assert torch.equal(seen[last_add].relu(), seen[last_add + 1])
+    output.sum().backward()
+    assert model.conv1.weight.grad is not None
+    assert not model.training
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    model.train(training)
+    assert torch.allclose(output, model(x))
+
+
+def test_train_mode_records_dropout() -> None:
+    model = Forms()
+    assert not named(capture(model, torch.zeros(2, 4)), "Dropout")
+    assert named(capture(model, torch.zeros(2, 4), training=True), "Dropout")
+
+
 # Places
 
 
@@ -431,7 +482,7 @@ class Places(Net):
 
         x = no_self(closure(x))
         x = sum(y + self.lin(y) for y in [x]) + x  # type: ignore[assignment]
-        x = [y + y.sin() for y in (x,)][0]
+        (x,) = [y + y.sin() for y in (x,)]
         x = checkpoint(closure, x, use_reentrant=False)
         x = checkpoint(self.decorated, x, use_reentrant=True)
         x = helper(self.lin, x)
@@ -506,9 +557,53 @@ def plus(self: nn.Module, x: Tensor) -> Tensor:
 def test_functions_put_on_the_instance() -> None:
     model = Inner()
     model.forward = functools.partial(plus, model)  # type: ignore[method-assign]
-    model.own = plus  # type: ignore[assignment]
     (add,) = adds(capture(model, torch.randn(2, 4)))
     assert (origin(add).frames[0].place.qualname, origin(add).frames[0].owner) == ("plus", "")
+
+
+class OwnForward(Net):
+    """Has its forward on the instance only; the class has none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forward = self.run
+
+    def run(self, x: Tensor) -> Tensor:
+        return x + self.lin(x)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_opaque_and_transparent_children() -> None:
+    scripted = torch.jit.trace(Doubling(), torch.zeros(2, 4))
+    trace = capture(nn.Sequential(scripted, OwnForward(), torch.compile(Doubling())), torch.zeros(2, 4))
+    assert [node.target for node in trace.graph.nodes if node.op == "call_module"] == ["0", "1.lin", "2._orig_mod.lin"]
+    assert owners(trace) == ["1", "2._orig_mod"]
+
+
+class Operators(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.ops.aten.add.Tensor(self.lin(x), x)
+        return self.script(x, x) * 2  # type: ignore[operator]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_a_scripted_function_adds_is_not_recorded() -> None:
+    model = Operators()
+    model.script = torch.jit.trace(lambda a, b: a + b, (torch.zeros(2, 4), torch.zeros(2, 4)))
+    for rung in RUNGS:
+        trace = record_on(rung, model, (torch.zeros(2, 4),), {})
+        assert texts(trace) == {"torch.ops.aten.add.Tensor(self.lin(x), x)": 1}
+
+
+def test_fsdp_is_recognised() -> None:
+    from torch.distributed.fsdp import FSDPModule
+
+    class Sharded(FSDPModule, Doubling):
+        def __new__(cls) -> Any:
+            return object.__new__(cls)
+
+    with pytest.raises(ConversionError, match="sharded by FSDP"):
+        capture(nn.Sequential(Sharded()), torch.zeros(2, 4))
 
 
 # Symbolic
@@ -558,6 +653,7 @@ class Stateful(Net):
         self.plain = torch.zeros(4)
         self.steps = 0
         self.fail = False
+        self.device = ""
 
     def forward(self, x: Tensor) -> Tensor:
         x.mul_(2)
@@ -576,7 +672,8 @@ class Stateful(Net):
         numpy.random.rand()
         torch.rand(1)
         torch.set_grad_enabled(True)
-        torch.set_default_device("meta" if x.is_meta else "cpu")
+        if self.device:
+            torch.set_default_device(self.device)
         if self.fail:
             raise ValueError("halfway")
         return self.norm(self.lin(x)) + x  # type: ignore[no-any-return]
@@ -588,6 +685,7 @@ def test_the_model_and_the_world_are_left_alone(rung: Any, fail: bool) -> None:
     model = Stateful()
     model.norm.eval()
     model.fail = fail
+    model.device = "" if rung == "meta" else "cpu"  # torch cannot take back one made below `with torch.device(...)`
     x = torch.ones(2, 4)
     random.seed(1)
     numpy.random.seed(1)
@@ -611,8 +709,7 @@ def test_the_model_and_the_world_are_left_alone(rung: Any, fail: bool) -> None:
         assert module.__dict__.keys() == attributes[path].keys()
         assert all(module.__dict__[key] is value for key, value in attributes[path].items())
     assert model.plain is plain
-    if rung != "symbolic":  # there, a real tensor outside the graph is the tracer's to run
-        assert torch.equal(plain, torch.zeros(4))
+    assert torch.equal(plain, torch.zeros(4))
     assert (model.log, model.cache, model.seen, model.steps) == ([], {"a": 1}, {1}, 0)
     assert model.training
     assert model.lin.training

@@ -144,6 +144,11 @@ def test_different_reasons_gates_and_norms_are_not_grouped() -> None:
     assert [one.paths for one in grouped(sites)] == [(f"b.{index}",) for index in range(8)]
 
 
+def test_reasons_that_differ_in_their_paths_only_are_grouped() -> None:
+    sites = [block(f"s.{index}.0", reason=f"the skip is s.{index}.0.down of s.{index - 1}.1.relu") for index in (1, 2)]
+    assert [one.paths for one in grouped(sites)] == [("s.1.0", "s.2.0")]
+
+
 def test_equal_blocks_are_one_group_and_changes_come_first(plan: Plan) -> None:
     first, second = grouped(plan.sites)
     assert first.paths == tuple(f"blocks.{index}" for index in range(12))
@@ -179,10 +184,10 @@ def test_compact_stops_somewhere() -> None:
 def test_text_tells_everything_and_fits(plan: Plan) -> None:
     odd = block("deep." * 30 + "end", reason="why " * 60, text="    y = " + "very_long_name + " * 20 + "x\n")
     text = str(Report(replace(plan, sites=(*plan.sites, odd)), title="Net", notes=("noted",)))
-    assert "net.py:12:9 RZ101 converted pre-norm blocks.{0..11} (x 12) Block alpha_attn" in text
+    assert "net.py:12:9 RZ101 converted pre-norm: blocks.{0..11} (x 12), Block, alpha_attn" in text
     assert "    x = x + self.attn(self.ln_1(x))" in text
     assert "dropped ln_1 (LayerNorm, pre)" in text
-    assert "net.py:40:5 RZ907 refused (the model)" in text
+    assert "net.py:40:5 RZ907 refused: (the model), Block" in text
     assert "note: a note of the plan" in text
     assert "note: noted" in text
     assert "total: 13 converted, 1 refused; 13 gates, 13 norms dropped; 3 integer or scalar adds" in text

@@ -68,7 +68,7 @@ def simple(code: str, child: str = "f", imports: str = "import torch\nfrom torch
     """The `__init__` that a block with this one gets."""
     init = textwrap.indent(dedent(code), "    ")
     text = f"{imports}\n\nclass Block(nn.Module):\n{init}\n{FORWARD}"
-    result = run(text, site(None, gate(text, "x + self.f(x)", child=child, **more))).text
+    result = run(text, site(None, gate(text, "x + self.f(x)", child=child, **more))).text  # type: ignore[arg-type]
     assert "return x + self.alpha * self.f(x)" in result
     body = result.partition("class Block(nn.Module):\n")[2].partition("    def forward")[0]
     return textwrap.dedent(body).strip("\n") + "\n"
@@ -1071,3 +1071,54 @@ def check_alphas(original: nn.Module, converted: type[nn.Module], folder: Path, 
     assert [float(p.detach()) for name, p in again.named_parameters() if "alpha" in name] == [
         i + 1.0 for i in range(count)
     ]
+
+
+def test_a_zero_init_in_a_loop_over_the_blocks_is_undone() -> None:
+    text = dedent("""
+        import torch
+        from torch import nn
+
+
+        class Block(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.f = nn.Linear(1, 1)
+                self.norm = nn.BatchNorm1d(1)
+
+            def forward(self, x):
+                return x + self.norm(self.f(x))
+
+
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.blocks = nn.Sequential(*[Block() for _ in range(3)])
+                for block in self.blocks:
+                    nn.init.zeros_(block.norm.weight)
+    """)
+    repair = Repair("blocks.1.norm.weight", "ones")
+    one = site(None, gate(text, "x + self.norm(self.f(x))", child="f"), path="blocks.1", repairs=(repair,))
+    result = run(text, one)
+    assert result.text.endswith("            nn.init.ones_(block.norm.weight)\n")
+    assert result.notes == ()
+
+
+def test_a_zero_init_that_is_not_found_is_told() -> None:
+    repairs = (Repair("body.0.conv2.weight", "reset"),)
+    assert run(RESNET, resnet_site("body.0", repairs=repairs)).notes == (
+        "model.py:9: conv2.weight of Block starts at zero, but not by a statement found here",
+    )
+
+
+def test_instances_that_were_refused_are_told() -> None:
+    refused = Site("refused", "RZ901", "no skip", "h.1", "Block", None, gpt_sites(GPT)[0].span)
+    result = rewrite(GPT, Plan((*gpt_sites(GPT), refused)), FILE)
+    assert result.notes == ("model.py:16:13: h.1 run this text too, but were not to be converted: no skip",)
+
+
+def test_norms_called_in_other_files_are_told() -> None:
+    text = GPT
+    at = Operand(Place("layers", "Mlp.forward", "layers.py", 1), Span("layers.py", 7, 8, 7, 20), 0)
+    inner = Norm("h.0.mlp.norm", "LayerNorm", "layer", "inside", "bypass", "", at, "norm")
+    one = site(None, gate(text, "x + self.mlp(self.ln_2(x))", "alpha_mlp", "mlp"), norms=(inner,), path="h.0")
+    assert run(text, one).notes == ("model.py: h.0.mlp.norm should go, but the call is in another file: layers.py:7:9",)

@@ -10,6 +10,7 @@ import pytest
 from rezero_convert.errors import ConversionError
 from rezero_convert.plan import Activation, Gate, Norm, Operand, Place, Site, Span
 from rezero_convert.rewrite.text import call, edit, product
+from rezero_convert.sources import register
 
 FILE = "<model>"
 
@@ -415,3 +416,20 @@ def test_editing_the_result_again_finds_nothing() -> None:
     once = edit(text, [made], product, file=FILE)
     with pytest.raises(ConversionError):
         edit(once, [made], product, file=FILE)
+
+
+def test_activation_in_another_method_of_the_module() -> None:
+    text = method("return x + self.f(x)")
+    other = "class Block:\n    def run(self, x):\n        return F.relu(self.forward(x), inplace=True)\n"
+    whole = text + "\n\n" + other
+    register(FILE, whole)
+    made = site(
+        (operand(whole, "x + self.f(x)", 1), "alpha"),
+        activation=operand(whole, "F.relu(self.forward(x), inplace=True)", 0),
+    )
+    assert body_of(edit(text, [made], product, file=FILE)) == "return x + self.alpha * F.relu(self.f(x), inplace=True)"
+    first_line = text.count("\n") + 3
+    edited = edit(other, [made], product, file=FILE, first_line=first_line)
+    assert body_of(edited) == "return self.forward(x)"
+    both = edit(whole, [made], product, file=FILE)
+    assert both == edit(text, [made], product, file=FILE) + "\n\n" + edited

@@ -9,21 +9,20 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import ConversionError
-from .inputs import infer_inputs, normalize_inputs
+from .inputs import PASS_INPUTS, infer_inputs, normalize_inputs, resolve_inputs
 from .recorded import record
 from .symbolic import trace_symbolically
 from .trace import Trace
 
-__all__ = ["capture", "check_model", "infer_inputs", "normalize_inputs"]
-
-_PASS_INPUTS = "pass example_inputs= (a tensor, a tuple of positional or a dict of keyword arguments)"
+__all__ = ["capture", "check_model", "infer_inputs", "normalize_inputs", "resolve_inputs"]
 
 
-def capture(model: nn.Module, example_inputs: Any = None) -> Trace:
+def capture(model: nn.Module, example_inputs: Any = None, *, training: bool = False) -> Trace:
     """The graph of `model`, which is left as it was.
 
     With example inputs, given or described by the model itself (transformers, timm), the model is run once: on fake
-    tensors, else on meta tensors, else on real ones. Without, it is traced symbolically.
+    tensors, else on meta tensors, else on real ones. Without, it is traced symbolically. All in eval mode, or with
+    `training` in train mode.
 
     Raises:
         ConversionError: `model` is not a plain module (the message says how to get at one), the example inputs are
@@ -32,14 +31,14 @@ def capture(model: nn.Module, example_inputs: Any = None) -> Trace:
     check_model(model)
     if example_inputs is not None:
         args, kwargs = normalize_inputs(example_inputs)
-        return record(model, args, kwargs)
+        return record(model, args, kwargs, training=training)
     inferred = infer_inputs(model)
     if inferred is None:
-        return _without_inputs(model, "")
+        return _without_inputs(model, training, "")
     try:
-        return record(model, *inferred)
+        return record(model, *inferred, training=training)
     except ConversionError as error:
-        return _without_inputs(model, f"on inputs inferred from its configuration {error}; ")
+        return _without_inputs(model, training, f"on inputs inferred from its configuration {error}; ")
 
 
 def check_model(model: object) -> None:
@@ -76,12 +75,13 @@ _WRAPPERS = {
 }
 _SHARDED = {
     "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel",
+    "torch.distributed.fsdp.FSDPModule",
     "torch.distributed.fsdp._fully_shard._fully_shard.FSDPModule",
 }
 
 
-def _without_inputs(model: nn.Module, before: str) -> Trace:
+def _without_inputs(model: nn.Module, training: bool, before: str) -> Trace:
     try:
-        return trace_symbolically(model)
+        return trace_symbolically(model, training=training)
     except ConversionError as error:
-        raise ConversionError(f"{before}{error}; {_PASS_INPUTS}") from error
+        raise ConversionError(f"{before}{error}; {PASS_INPUTS}") from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from types import CodeType, FrameType, FunctionType, MethodType
@@ -19,7 +19,7 @@ from ..errors import ConversionError
 from ..plan import Place, Span
 from .trace import Frame
 
-_TORCH = str(Path(torch.__file__).parent) + "/"
+TORCH = str(Path(torch.__file__).parent) + "/"
 _OURS = str(Path(__file__).parents[1]) + "/"
 _PASSED_OVER = (contextlib.__file__, functools.__file__)
 
@@ -94,7 +94,7 @@ class _Code:
     def __init__(self, code: CodeType) -> None:
         file = code.co_filename
         self.code = code
-        self.torch = file.startswith(_TORCH)
+        self.torch = file.startswith(TORCH)
         self.passed_over = file in _PASSED_OVER or file.startswith(_OURS)
         first = code.co_varnames[:1] if code.co_argcount else ()
         self.candidates = (*first, *code.co_freevars)
@@ -167,7 +167,7 @@ def _find_override(code: CodeType, module: nn.Module, scope: Mapping[str, Any]) 
     """As `_find_method`, among functions that the instance itself holds (`module.forward = function`)."""
     key = _key(code)
     for value in module.__dict__.values():
-        if isinstance(value, (FunctionType, MethodType)):
+        if isinstance(value, (FunctionType, MethodType, functools.partial)):
             method = _method_code(value, type(module))
             if method is not None and _holds(method, key):
                 return _place((method.co_filename, method.co_qualname, method.co_firstlineno), scope)
@@ -180,7 +180,7 @@ def _method_code(value: object, cls: type) -> CodeType | None:
         value = value.__func__
     elif isinstance(value, property):
         value = value.fget
-    elif isinstance(value, (functools.cached_property, functools.partialmethod)):
+    elif isinstance(value, (functools.cached_property, functools.partialmethod, functools.partial)):
         value = value.func
     if not isinstance(value, FunctionType):
         return None
@@ -234,8 +234,8 @@ def _resolve(qualname: str, scope: Mapping[str, Any]) -> CodeType | None:
     value = getattr(value, "__func__", value)
     if not isinstance(value, FunctionType):
         return None
-    matches: Callable[[FunctionType], bool] = lambda function: function.__code__.co_qualname == qualname  # noqa: E731
-    return next((function.__code__ for function in _wrapped(value) if matches(function)), None)
+    codes = (function.__code__ for function in _wrapped(value))
+    return next((code for code in codes if code.co_qualname == qualname), None)
 
 
 def _first_line(code: CodeType, qualname: str) -> int | None:

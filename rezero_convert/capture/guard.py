@@ -16,8 +16,8 @@ Replace = Callable[[Tensor], Tensor]
 
 
 @contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """A context in eval mode, without gradients and without the fused attention path; leaves no change behind.
+def untouched(model: nn.Module, *, training: bool = False, gradients: bool = False) -> Iterator[None]:
+    """A context in eval (or train) mode, without gradients and the fused attention path; leaves no change behind.
 
     Put back on exit, also after an exception: every module's attributes (with lists, dicts and sets among them,
     parameters, buffers, children and hooks, all by identity), training flags, random states of torch, Python and
@@ -28,15 +28,15 @@ def untouched(model: nn.Module) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(_global_state())
         stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.set_grad_enabled(gradients))
         if "torch._dynamo" in sys.modules:  # compiled functions inside the model run as written
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
             for module in modules:
                 if isinstance(module, torch.jit.ScriptModule):
-                    module.training = False
-                else:  # no `eval()`: overrides of `train` may do anything
-                    module.__dict__["training"] = False
+                    module.training = training
+                else:  # no `train()`: overrides of `train` may do anything
+                    module.__dict__["training"] = training
             yield
         finally:
             for record in saved:
@@ -52,26 +52,25 @@ def substitute(model: nn.Module, parameter: Replace, buffer: Replace, other: Rep
     Returns:
         The path of each replacement by its `id`.
     """
-    new: dict[int, Tensor] = {}
+    new: dict[int, Tensor] = {}  # replacements count as their own
     paths: dict[int, str] = {}
     for named, replace in ((model.named_parameters(), parameter), (model.named_buffers(), buffer)):
         for path, tensor in named:
-            new[id(tensor)] = made = replace(tensor)
+            made = replace(tensor)
+            new[id(tensor)] = new[id(made)] = made
             paths[id(made)] = path
 
     def swap(value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         if id(value) not in new:
-            new[id(value)] = other(value)
+            made = other(value)
+            new[id(value)] = new[id(made)] = made
         return new[id(value)]
 
     for module in model.modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                tensors[name] = swap(tensor)
         _swap_attributes(module.__dict__, swap)
     return paths
 
@@ -145,10 +144,10 @@ def _restore_dict(container: dict[Any, Any], contents: list[tuple[Any, Any]]) ->
 @contextlib.contextmanager
 def _global_state() -> Iterator[None]:
     torch_state, python_state = torch.get_rng_state(), random.getstate()
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    cuda_states = torch.cuda.get_rng_state_all() if _cuda_in_use() else None
     numpy = sys.modules.get("numpy")
     numpy_state = numpy.random.get_state() if numpy is not None else None
-    device, dtype = torch.get_default_device(), torch.get_default_dtype()
+    device, dtype = _default_device(), torch.get_default_dtype()
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -156,11 +155,20 @@ def _global_state() -> Iterator[None]:
     finally:
         torch.backends.mha.set_fastpath_enabled(fastpath)
         torch.set_default_dtype(dtype)
-        if torch.get_default_device() != device:
-            torch.set_default_device(None if device.type == "cpu" else device)
+        if _default_device() is not device:
+            torch.set_default_device(None if device is None else device.device)
         torch.set_rng_state(torch_state)
         random.setstate(python_state)
         if numpy is not None and numpy_state is not None:
             numpy.random.set_state(numpy_state)
         if cuda_states is not None:
             torch.cuda.set_rng_state_all(cuda_states)
+
+
+def _cuda_in_use() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
+def _default_device() -> Any:
+    """The mode that `torch.set_default_device` installed. Not just the device: one for "cpu" must go as well."""
+    return getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)

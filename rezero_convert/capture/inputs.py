@@ -12,6 +12,8 @@ from ..errors import ConversionError
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
+PASS_INPUTS = "pass example_inputs= (a tensor, a tuple of positional or a dict of keyword arguments)"
+
 _BATCH = 2
 
 
@@ -38,6 +40,20 @@ def normalize_inputs(example_inputs: Any) -> Inputs:
         "example_inputs: expected a tensor, a tuple of positional arguments or a dict of keyword arguments, "
         f"got {type(example_inputs).__name__} (a single argument of another type: pass a tuple of one)"
     )
+
+
+def resolve_inputs(model: nn.Module, example_inputs: Any) -> Inputs:
+    """The given inputs, or those that the model describes itself.
+
+    Raises:
+        ConversionError: of another form, or neither given nor described.
+    """
+    if example_inputs is not None:
+        return normalize_inputs(example_inputs)
+    inferred = infer_inputs(model)
+    if inferred is None:
+        raise ConversionError(f"{type(model).__name__} does not describe its inputs; {PASS_INPUTS}")
+    return inferred
 
 
 def infer_inputs(model: nn.Module) -> Inputs | None:
@@ -71,7 +87,8 @@ def _transformers(model: nn.Module) -> dict[str, Any]:
     elif main == "input_values":
         inputs = {main: _image(model, (8000,))}
     else:
-        inputs = {name: _tokens(value, text, model) for name, value in dict(model.dummy_inputs).items()}
+        described: Any = model.dummy_inputs
+        inputs = {name: _tokens(value, text, model) for name, value in described.items()}
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" not in inputs:
         ids = inputs.get("input_ids")
         made = ids if isinstance(ids, Tensor) else torch.tensor([[7, 6, 0, 0, 1]] * _BATCH, device=_device(model))

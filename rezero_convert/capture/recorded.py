@@ -12,11 +12,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any, Literal
 from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import TensorWeakRef
@@ -24,7 +26,7 @@ from torch.utils.weak import TensorWeakRef
 from ..errors import ConversionError
 from . import facts
 from .facts import Facts
-from .frames import FrameReader
+from .frames import TORCH, FrameReader
 from .guard import substitute, untouched
 from .trace import Call, Frame, Origin, Trace
 
@@ -36,7 +38,7 @@ _DEPTH = 4  # how deep tensors are looked for in nested containers
 _call_module = nn.Module.__call__
 
 
-def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Trace:
+def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, training: bool = False) -> Trace:
     """Run `model` on the example inputs, on fake tensors if that works, else on meta, else on real ones.
 
     The model and the inputs are left as they were, also after an exception.
@@ -48,7 +50,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     on_meta = any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     for rung in RUNGS[: 2 if on_meta else 3]:
         try:
-            return record_on(rung, model, args, kwargs)
+            return record_on(rung, model, args, kwargs, training=training)
         except ConversionError:
             raise
         except Exception as error:  # whatever a model may raise; the last one is reported
@@ -56,19 +58,61 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     raise ConversionError(f"the model raised on the example inputs: {one_line(failure)}") from failure
 
 
-def record_on(rung: Rung, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Trace:
+def record_on(
+    rung: Rung, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, training: bool = False
+) -> Trace:
     """Record on one kind of tensor.
 
     Raises:
         ConversionError: Python runs without column information.
         Exception: whatever the model raises.
     """
-    with untouched(model):
+    with untouched(model, training=training):
         if rung == "fake":
             return _on_fake(model, args, kwargs)
         if rung == "meta":
             return _on_meta(model, args, kwargs)
         return _on_real(model, args, kwargs)
+
+
+Observe = Callable[[int, fx.Node, Tensor], None]
+"""Called with a node's position in the graph, the node and its value."""
+
+
+def replay(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    trace: Trace,
+    observe: Observe,
+    *,
+    training: bool = False,
+) -> list[Tensor]:
+    """Run `model` again, on real tensors and with gradients, and show every tensor to `observe` as it is made.
+
+    The model is left as it was, its parameters are the real ones. A tensor that is overwritten is shown again, with
+    the node that overwrites it. Positions and nodes are those of `trace`, which must be of a recorded route.
+
+    Returns:
+        The tensors that the model returned, in order.
+
+    Raises:
+        ConversionError: the model did not do what it did when `trace` was recorded.
+        Exception: whatever the model raises.
+    """
+    nodes = list(trace.graph.nodes)
+
+    def checked(index: int, node: fx.Node, tensor: Tensor) -> None:
+        expected = nodes[index] if index < len(nodes) else None
+        if expected is None or (expected.op, str(expected.target)) != (node.op, str(node.target)):
+            raise ConversionError(f"the model took another path when it was run again, at {node.format_node()}")
+        observe(index, expected, tensor)
+
+    with untouched(model, training=training, gradients=True):
+        paths = substitute(model, parameter=lambda tensor: tensor, buffer=Tensor.clone, other=Tensor.clone)
+        inputs = _converted((args, kwargs), lambda tensor: tensor.detach().clone().requires_grad_(tensor.requires_grad))
+        recorder = _Recorder(model, paths, weak=True, observe=checked)
+        return list(tensors_in(_execute(recorder, model, inputs)))
 
 
 def one_line(error: BaseException) -> str:
@@ -91,7 +135,7 @@ def _on_fake(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
         made._is_param = True  # what nn.Parameter() does to subclasses, without a dispatched detach
         return made
 
-    paths = substitute(model, parameter=parameter, buffer=fake, other=lambda tensor: tensor)
+    paths = substitute(model, parameter=parameter, buffer=fake, other=Tensor.clone)  # values may be read
     with mode, _quiet():
         return _run(model, _converted((args, kwargs), fake), paths, "recorded (fake tensors)", weak=False)
 
@@ -177,13 +221,18 @@ def tensors_in(value: Any, depth: int = _DEPTH) -> Iterator[Tensor]:
 
 
 def _run(model: nn.Module, inputs: Any, paths: dict[int, str], route: str, *, weak: bool) -> Trace:
-    args, kwargs = inputs
     recorder = _Recorder(model, paths, weak=weak)
+    _execute(recorder, model, inputs)
+    return Trace(recorder.graph, recorder.root, tuple(recorder.calls), route, model, scalars=recorder.scalars)
+
+
+def _execute(recorder: _Recorder, model: nn.Module, inputs: Any) -> Any:
+    args, kwargs = inputs
     recorder.inputs(model, args, kwargs)
     with mock.patch.object(nn.Module, "__call__", recorder.patched_call()), recorder:
         result = _boundary(model, args, kwargs)
     recorder.output(result)
-    return Trace(recorder.graph, recorder.root, tuple(recorder.calls), route, model, scalars=recorder.scalars)
+    return result
 
 
 def _boundary(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -207,7 +256,10 @@ class _Known:
 class _Recorder(TorchFunctionMode):
     """Builds the graph while the model runs."""
 
-    def __init__(self, model: nn.Module, paths: dict[int, str], *, weak: bool) -> None:
+    def __init__(
+        self, model: nn.Module, paths: dict[int, str], *, weak: bool,
+        observe: Observe | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.graph = fx.Graph()
         self.reader = FrameReader(model, _boundary.__code__)
@@ -216,6 +268,8 @@ class _Recorder(TorchFunctionMode):
         self.scalars = 0
         self._paths = paths
         self._weak = weak
+        self._observe = observe
+        self._positions: dict[fx.Node, int] = {}
         self._call = self.root
         self._silent = False
         self._entered = False
@@ -249,7 +303,7 @@ class _Recorder(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self._silent:
+        if self._silent or (isinstance(func, OpOverload) and _called_by_torch(sys._getframe(1))):
             return func(*args, **kwargs)
         before = [(tensor, _version(tensor)) for tensor in _operands(args, kwargs)]
         result = func(*args, **kwargs)
@@ -364,11 +418,18 @@ class _Recorder(TorchFunctionMode):
                     self._bind_items(item, element, fresh, frames)
 
     def _describe(self, node: fx.Node, known: Facts, frames: tuple[Frame, ...], tensor: Tensor | None) -> None:
+        self._positions[node] = len(self._positions)
         shape, dtype = (None, None) if tensor is None else (tuple(tensor.shape), tensor.dtype)
         node.meta["origin"] = Origin(self._call, frames, known, shape, dtype)
 
     def _bind(self, tensor: Tensor, node: fx.Node) -> None:
         self._bound[id(tensor)] = (TensorWeakRef(tensor) if self._weak else tensor, node)
+        if self._observe is not None:
+            self._silent = True  # what the observer computes is not the model's
+            try:
+                self._observe(self._positions[node], node, tensor)
+            finally:
+                self._silent = False
 
     def _lookup(self, tensor: Tensor) -> fx.Node | None:
         bound = self._bound.get(id(tensor))
@@ -419,8 +480,7 @@ class _Recorder(TorchFunctionMode):
         cls = type(module)
         if cls not in self._classes:
             plain = facts.of_class(cls)
-            leaf = isinstance(module, torch.jit.ScriptModule) or facts.is_leaf(cls)
-            self._classes[cls] = (leaf, plain, dataclasses.replace(plain, inplace=True))
+            self._classes[cls] = (is_leaf(module), plain, dataclasses.replace(plain, inplace=True))
         return self._classes[cls]
 
 
@@ -428,6 +488,14 @@ _BASE_TYPES = (str, int, float, bool, complex, torch.dtype, torch.device, torch.
                type(Ellipsis), range)  # fmt: skip
 _SETITEM = facts.of_function(operator.setitem)
 _GETITEM = facts.of_function(operator.getitem)
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module is one node. A scripted one cannot be looked into; one whose class has no forward can."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
+    cls = type(module)
+    return cls.forward is not nn.Module.forward and facts.is_leaf(cls)
 
 
 def attribute_facts(tensor: Tensor) -> Facts:
@@ -455,6 +523,13 @@ def _learn(func: Any) -> _Known:
     known.overwriting = dataclasses.replace(known.facts, inplace=True)
     known.facts = dataclasses.replace(known.facts, inplace=False)
     return known
+
+
+def _called_by_torch(frame: FrameType | None) -> bool:
+    """Whether torch itself called an operator: the fake tensor mode does for what a scripted function computes."""
+    while frame is not None and frame.f_code.co_filename == torch._ops.__file__:
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_filename.startswith(TORCH)
 
 
 def _version(tensor: Tensor) -> int:

@@ -10,14 +10,19 @@ interpreter, so that spans agree with the recorded capture.
 from __future__ import annotations
 
 import ast
+import itertools
 from collections.abc import Iterator
+from functools import lru_cache
 
 from torch import fx
 
 from .. import sources
 from ..errors import ConversionError
 from ..plan import Place, Span
-from .static_interpret import attributes, class_facts, execute
+from . import static_calls, static_expressions, static_statements
+from .facts import Facts
+from .static_core import execute
+from .static_modules import attributes, class_facts
 from .static_names import ClassRef, FunctionRef, Known, Method, dotted, index, is_module, lineage, members, method
 from .static_values import (
     UNKNOWN,
@@ -34,12 +39,16 @@ from .static_values import (
     opaque,
     rearrange,
 )
-from .facts import Facts
 from .trace import Call, Trace
 
 __all__ = ["adds", "choice", "classes", "exclusive", "opaque", "rearrange", "traces"]
 
-_PLAIN_TYPES = frozenset("int float bool str bytes dict Callable Module ModuleList Sequential device dtype Size".split())
+_HANDLERS = (static_calls, static_expressions, static_statements)
+"""Importing them makes the interpreter's generic functions know their kinds of nodes and values."""
+
+_PLAIN_TYPES = frozenset(
+    "int float bool str bytes dict Callable Module ModuleList Sequential device dtype Size".split()
+)
 _ADDING_METHODS = frozenset("add add_ sub sub_ subtract subtract_".split())
 _ADDING_FUNCTIONS = frozenset("add iadd sub isub subtract addcmul lerp".split())
 
@@ -48,12 +57,15 @@ def classes(file: str) -> tuple[str, ...]:
     """Qualified names of the `nn.Module` classes in a file, in order, also those within functions and classes.
 
     Raises:
-        ConversionError: the file cannot be read or has a syntax error.
+        ConversionError: the file cannot be read, has a syntax error, or is nested too deeply.
     """
-    sources.tree(file)
+    try:
+        sources.tree(file)
+    except RecursionError as error:
+        raise ConversionError(f"{file}: an expression is nested too deeply to be parsed") from error
     found = index(file)
     if found is None:
-        raise ConversionError(f"{file}: nested too deeply to be analysed")
+        return ()
     return tuple(name for name, node in found.classes.items() if is_module(ClassRef(file, name, node)))
 
 
@@ -65,7 +77,7 @@ def traces(file: str, only: frozenset[str] | None = None) -> tuple[Trace, ...]:
         only: qualified names of the classes to analyse; all if None.
 
     Raises:
-        ConversionError: the file cannot be read or has a syntax error.
+        ConversionError: the file cannot be read, has a syntax error, or is nested too deeply.
     """
     found = index(file)
     return tuple(
@@ -133,6 +145,7 @@ def _is_entry(cls: ClassRef, found: Method) -> bool:
     return not any(name in _used(ref) for ref in lineage(cls) if isinstance(ref, ClassRef))
 
 
+@lru_cache(maxsize=4096)
 def _used(cls: ClassRef) -> frozenset[str]:
     """Attributes of `self` that the class's text mentions."""
     return frozenset(
@@ -173,7 +186,8 @@ def _placeholders(signature: ast.arguments, scope: Scope) -> None:
     for arg, default in zip(signature.kwonlyargs, signature.kw_defaults, strict=True):
         if default is not None:
             defaults[arg.arg] = default
-    assert scope.instance is not None and scope.call is not None
+    assert scope.instance is not None
+    assert scope.call is not None
     scope.env[positional[0].arg if positional else "self"] = scope.instance
     for arg in (*positional[1:], *signature.kwonlyargs, *([signature.vararg] if signature.vararg else [])):
         if _is_plain(arg, defaults.get(arg.arg)):
@@ -271,7 +285,7 @@ def _left_before(chain: list[ast.AST], later: ast.AST) -> bool:
     """Whether an arm on the way down `chain` leaves before control could come to `later`, which follows `chain[0]`."""
     if not isinstance(later, ast.stmt):
         return False
-    for outer, inner in zip(chain, chain[1:], strict=False):
+    for outer, inner in itertools.pairwise(chain):
         if isinstance(outer, (ast.For, ast.AsyncFor, ast.While, ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             return False  # what leaves a loop or a nested function goes on after it
         if isinstance(outer, ast.If):

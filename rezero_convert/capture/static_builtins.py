@@ -27,9 +27,7 @@ from .static_values import (
     Tup,
     Unknown,
     Value,
-    is_absent,
     join_all,
-    optionally,
 )
 
 FACTORIES = frozenset(
@@ -66,7 +64,6 @@ _WRAPPERS = frozenset(
 )
 _PARAMETERS = frozenset("weight bias in_proj_weight in_proj_bias q_proj_weight k_proj_weight v_proj_weight".split())
 _BUFFERS = frozenset("running_mean running_var num_batches_tracked".split())
-_NORM_PARAMETERS = ("weight", "bias")
 
 
 def construct(cls: type, args: tuple[Value, ...], kwargs: dict[str, Value], scope: Scope, at: ast.Call | None) -> Value:
@@ -179,21 +176,7 @@ def container_method(value: Value, name: str, args: tuple[Value, ...], scope: Sc
 def grown(value: Value, name: str, args: tuple[Value, ...], scope: Scope) -> Value | None:
     """A list, dictionary or container module after a method that adds elements; None for other methods."""
     if isinstance(value, Tup) and args:
-        added: tuple[Value, ...] | None = None
-        exact = scope.loops == 0
-        if name == "append":
-            added = args[:1]
-        elif name == "insert" and len(args) > 1:
-            return Tup((args[1], *value.items), value.exact, value.builtin)
-        elif name == "extend":
-            other = args[0]
-            if isinstance(other, Tup):
-                added, exact = other.items, exact and other.exact
-            else:
-                added, exact = (UNKNOWN,), False
-        if added is None:
-            return None
-        return extend(value, Tup(added, exact))
+        return _grown_list(value, name, args, scope)
     if isinstance(value, Module) and value.role in ("sequential", "list"):
         if name == "append" and args:
             return _add_element(value, str(len(value.elements)) if not scope.loops else "*", args[0])
@@ -207,6 +190,18 @@ def grown(value: Value, name: str, args: tuple[Value, ...], scope: Scope) -> Val
             return dataclasses.replace(value, elements=value.elements + added_items)
     if isinstance(value, Table) and name == "update" and args and isinstance(args[0], Table):
         return Table({**value.items, **args[0].items})
+    return None
+
+
+def _grown_list(value: Tup, name: str, args: tuple[Value, ...], scope: Scope) -> Value | None:
+    once = scope.loops == 0
+    if name == "append":
+        return extend(value, Tup(args[:1], once))
+    if name == "insert" and len(args) > 1:
+        return Tup((args[1], *value.items), value.exact, value.builtin)
+    if name == "extend":
+        other = args[0] if isinstance(args[0], Tup) else Tup((UNKNOWN,), False)
+        return extend(value, Tup(other.items, once and other.exact))
     return None
 
 
@@ -270,14 +265,6 @@ def table_of(value: Value) -> Table | None:
 def tensor_attribute_value() -> Module:
     """A plain tensor held by a module."""
     return Module("buffer", Facts("parameter", "tensor"))
-
-
-def conditional(value: Value) -> Value:
-    return optionally(value) if isinstance(value, Module) else value
-
-
-def first(value: Value) -> Value | None:
-    return None if is_absent(value) else value
 
 
 def child(path: str, name: str) -> str:

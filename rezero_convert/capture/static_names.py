@@ -30,6 +30,9 @@ from ..errors import ConversionError
 MAX_HOPS = 12
 """How many re-exports are followed."""
 
+MAX_STARS = 40
+"""A file with more star imports (the list of all models of a zoo) is not searched through them."""
+
 _ANCESTORS = 6
 _LOADED: dict[str, types.ModuleType] = {
     "torch": torch,
@@ -167,7 +170,7 @@ def resolve(file: str, name: str, hops: int = 0) -> Reference | None:
             result = candidate
         if result is not None and not isinstance(result, External) and not _is_none(result):
             break
-    if result is None:
+    if result is None and len(found.stars) <= MAX_STARS:
         for star in found.stars:
             base = locate(file, star.module, star.level)
             if isinstance(base, FileRef) and base.file != file:
@@ -247,9 +250,9 @@ def lineage(cls: ClassRef) -> tuple[ClassRef | Known | External, ...]:
 def torch_base(cls: ClassRef) -> type[nn.Module] | None:
     """The most specific class of torch that `cls` derives from, if it is an `nn.Module`."""
     for ref in lineage(cls):
-        if isinstance(ref, Known) and isinstance(ref.obj, type) and issubclass(ref.obj, nn.Module):
-            if ref.obj is not nn.Module:
-                return ref.obj
+        own = ref.obj if isinstance(ref, Known) and isinstance(ref.obj, type) else None
+        if own is not None and issubclass(own, nn.Module) and own is not nn.Module:
+            return own
     return nn.Module if any(isinstance(ref, Known) and ref.obj is nn.Module for ref in lineage(cls)) else None
 
 
@@ -291,9 +294,8 @@ def method(cls: ClassRef, name: str, after: ClassRef | None = None) -> Method | 
                 other = members(ref).get(found.id)
                 if isinstance(other, (ast.FunctionDef, ast.AsyncFunctionDef)):
                     return Method(ref, other)
-        elif isinstance(ref, Known) and isinstance(ref.obj, type) and name in dir(ref.obj):
-            if ref.obj is not object:
-                return ref
+        elif isinstance(ref, Known) and isinstance(ref.obj, type) and ref.obj is not object and hasattr(ref.obj, name):
+            return ref
     return None
 
 
@@ -321,9 +323,8 @@ def members(cls: ClassRef) -> dict[str, ast.FunctionDef | ast.AsyncFunctionDef |
             for target in statement.targets:
                 if isinstance(target, ast.Name):
                     found[target.id] = statement.value
-        elif isinstance(statement, ast.AnnAssign) and statement.value is not None:
-            if isinstance(statement.target, ast.Name):
-                found[statement.target.id] = statement.value
+        elif isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value:
+            found[statement.target.id] = statement.value
     return found
 
 
@@ -477,9 +478,8 @@ def _collect(body: list[ast.stmt], names: dict[str, list[_Binding]], stars: list
             for target in statement.targets:
                 if isinstance(target, ast.Name):
                     names.setdefault(target.id, []).append(statement.value)
-        elif isinstance(statement, ast.AnnAssign) and statement.value is not None:
-            if isinstance(statement.target, ast.Name):
-                names.setdefault(statement.target.id, []).append(statement.value)
+        elif isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value:
+            names.setdefault(statement.target.id, []).append(statement.value)
 
 
 def _collect_classes(body: list[ast.stmt], prefix: str, classes: dict[str, ast.ClassDef]) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from .. import sources
-from ..plan import Place, Span
+from ..plan import Place
 from .facts import Facts
 from .static_names import ClassRef, ExpressionRef, External, FileRef, FunctionRef, Known, Method
 from .trace import Call, Frame, Origin
@@ -247,11 +247,18 @@ def frames(scope: Scope, node: ast.expr | ast.stmt) -> tuple[Frame, ...]:
 
 
 def emit(
-    scope: Scope, op: str, target: Any, args: Iterable[Any], kwargs: dict[str, Any], facts: Facts, at: ast.expr | ast.stmt
+    scope: Scope,
+    op: str,
+    target: Any,
+    args: Iterable[Any],
+    kwargs: dict[str, Any],
+    facts: Facts,
+    at: ast.expr | ast.stmt,
 ) -> fx.Node:
     """A new node of the graph, with its origin."""
     state = scope.state
-    assert state.graph is not None and scope.call is not None
+    assert state.graph is not None
+    assert scope.call is not None
     state.count += 1
     node = state.graph.create_node(op, target, tuple(args), kwargs)
     node.meta["origin"] = Origin(scope.call, frames(scope, at), facts)
@@ -335,9 +342,15 @@ def join(a: Value | None, b: Value | None, scope: Scope, at: ast.expr | ast.stmt
         if kept is None or is_absent(kept):
             return UNKNOWN if UNKNOWN in (a, b) or kept is None else DATA if DATA in (a, b) else UNKNOWN
         return kept if not isinstance(kept, Const) else DATA
-    assert a is not None and b is not None
+    assert a is not None
+    assert b is not None
     if isinstance(a, fx.Node) or isinstance(b, fx.Node):
         return _join_tensor(a, b, scope, at)
+    return _join_present(a, b, scope, at)
+
+
+def _join_present(a: Value, b: Value, scope: Scope, at: ast.expr | ast.stmt) -> Value:
+    """Two values that are neither tensors nor modules nor absent."""
     if isinstance(a, Tup) and isinstance(b, Tup):
         return _join_lists(a, b, scope, at)
     if isinstance(a, Table) and isinstance(b, Table):
@@ -352,8 +365,6 @@ def join(a: Value | None, b: Value | None, scope: Scope, at: ast.expr | ast.stmt
     if is_callable(a) and is_callable(b):
         options = [*(a.options if isinstance(a, Either) else (a,)), *(b.options if isinstance(b, Either) else (b,))]
         return Either(tuple(dict.fromkeys(options))[:4])
-    if isinstance(a, Const) and isinstance(b, Const):
-        return DATA
     for value in (a, b):
         if is_callable(value) or isinstance(value, (Tup, Table, Object)):
             return value
@@ -418,7 +429,3 @@ def _join_lists(a: Tup, b: Tup, scope: Scope, at: ast.expr | ast.stmt) -> Value:
     longer, shorter = (a, b) if len(a.items) > len(b.items) else (b, a)
     common = tuple(join(x, y, scope, at) for x, y in zip(longer.items, shorter.items, strict=False))
     return Tup(common + longer.items[len(common) :], longer.exact and longer.builtin is tuple, longer.builtin)
-
-
-def span_text(span: Span) -> str:
-    return sources.segment(span)

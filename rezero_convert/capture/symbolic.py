@@ -8,19 +8,18 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from ..errors import ConversionError
 from . import facts
 from .facts import Facts
 from .frames import FrameReader
-from .guard import untouched
-from .recorded import attribute_facts, one_line
+from .guard import substitute, untouched
+from .recorded import attribute_facts, is_leaf, one_line
 from .trace import Call, Frame, Origin, Trace
 
 
-def trace_symbolically(model: nn.Module) -> Trace:
+def trace_symbolically(model: nn.Module, *, training: bool = False) -> Trace:
     """Trace `model` on proxies, with the defaults of its optional arguments; shapes and dtypes stay unknown.
 
     The model is left as it was.
@@ -30,7 +29,9 @@ def trace_symbolically(model: nn.Module) -> Trace:
             error in short. Or Python runs without column information.
     """
     tracer = _Tracer(model)
-    with untouched(model):
+    with untouched(model, training=training):
+        # tensors that depend on no input are computed for real during tracing
+        substitute(model, parameter=lambda tensor: tensor, buffer=Tensor.clone, other=Tensor.clone)
         try:
             graph = _boundary(tracer, model)
         except ConversionError:
@@ -63,7 +64,7 @@ class _Tracer(fx.Tracer):
         self._attributes = dict([*model.named_buffers(), *model.named_parameters()])
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, torch.jit.ScriptModule) or facts.is_leaf(type(m))
+        return is_leaf(m)
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None

@@ -90,8 +90,7 @@ def _draft(flow: Flow, block: Block, options: Options) -> _Draft:
         requests.append(None if gate.existing else names.Request(site.cls, gate.at or at, gate.child))
         repairs += repair
         if not options.preserve:
-            gone = frozenset(member.norm.path for member in members if member.norm.action != "keep")
-            repairs += gates.repairs(flow, branch, gone)
+            repairs += gates.repairs(flow, branch)
     site = replace(
         site,
         reason=_reason(flow, block),

@@ -136,16 +136,16 @@ def _computing_layer(flow: Flow, node: int) -> str | None:
         node = sources[0]
 
 
-def repairs(flow: Flow, branch: Branch, dropped: frozenset[str]) -> Iterator[Repair]:
+def repairs(flow: Flow, branch: Branch) -> Iterator[Repair]:
     """The zero-initialised layers that make a branch zero as a whole, with what undoes that.
 
-    Only layers that every path of the branch crosses count; norms in `dropped` are on their way out.
+    Only layers that every path of the branch crosses count.
     """
     for node in branch.cuts:
         target = flow.nodes[node]
-        if target.op == "call_module" and str(target.target) not in dropped:
+        if target.op == "call_module":
             yield from _layer_repairs(flow, str(target.target), flow.facts[node].kind)
-        elif target.op != "call_module" and flow.facts[node].kind in ("linear", "norm"):
+        elif flow.facts[node].kind in ("linear", "norm"):
             yield from _function_repairs(flow, node)
 
 

@@ -36,7 +36,7 @@ def alpha_edits(source: Source, jobs: Jobs, names: Names) -> list[Edit]:
 
 
 def alpha_makers(source: Source, cls: ast.ClassDef) -> list[ast.ClassDef]:
-    """Whose `__init__` must make the alphas of a method of `cls`: its own, and that of subclasses that do not run it."""
+    """Whose `__init__` must make the alphas of a method of `cls`: its own, and those that do not run it."""
     below = [
         other
         for other in descendants(source, cls)

@@ -236,7 +236,10 @@ def _is_compound(stmt: ast.stmt) -> bool:
 
 
 def init_calls(source: Source, family: list[ast.ClassDef], attribute: str) -> list[InitCall]:
-    """Statements that only set an attribute's parameters: on `self`, or on a name tested to be of one of the classes."""
+    """Statements that only set an attribute's parameters.
+
+    Seen on `self`, on a name tested to be of one of the classes, on one that runs over modules made of them.
+    """
     names = {cls.name for cls in family}
     found: list[InitCall] = []
 
@@ -254,11 +257,23 @@ def init_calls(source: Source, family: list[ast.ClassDef], attribute: str) -> li
                 visit(stmt.body, known | _tested(stmt.test, names))
                 visit(stmt.orelse, known)
             else:
+                loop = _runs_over(source, stmt, names) if isinstance(stmt, ast.For) else set()
                 for suite in nested_suites(stmt):
-                    visit(suite, known)
+                    visit(suite, known | loop)
 
     visit(source.tree.body, frozenset())
     return list({id(call.stmt): call for call in found}.values())
+
+
+def _runs_over(source: Source, loop: ast.For, names: set[str]) -> set[str]:
+    """The variable of a loop over an attribute that is made of the classes: `for block in self.blocks`."""
+    chain = attribute_chain(loop.iter)
+    if not isinstance(loop.target, ast.Name) or chain is None or len(chain) != 2:
+        return set()
+    owners = [cls for cls in source.classes if cls.lineno <= loop.lineno <= (cls.end_lineno or 0)]
+    values = [made.value for cls in owners[-1:] for made in makers(source, cls, chain[1])]
+    calls = [n for value in values for n in ast.walk(value) if isinstance(n, ast.Call)]
+    return {loop.target.id} if any(last_name(call.func) in names for call in calls) else set()
 
 
 def _tested(test: ast.expr, names: set[str]) -> set[str]:

@@ -139,10 +139,14 @@ def check_agreement(plan: Plan, file: str) -> None:
 def undecided(plan: Plan, file: str) -> list[str]:
     """Instances for which the same text was not to be rewritten."""
     done = {site.span for site in plan.converted}
+    others: dict[tuple[Span, str], list[str]] = {}
+    for site in plan.of("refused", "long-skip", "interior"):
+        if site.span in done and site.span is not None and site.span.file == file:
+            others.setdefault((site.span, site.reason), []).append(site.path or "the root")
     return [
-        f"{site.span}: {site.path or 'the root'} shares this text but was not to be converted: {site.reason}"
-        for site in plan.of("refused", "long-skip", "interior")
-        if site.span in done and site.span is not None and site.span.file == file
+        f"{span}: {paths[0]}{f' and {len(paths) - 1} more' if paths[1:] else ''} run this text too, but were not to be "
+        f"converted: {reason}"
+        for (span, reason), paths in others.items()
     ]
 
 
@@ -208,3 +212,18 @@ def _uses(node: ast.AST, chain: tuple[str, ...]) -> bool:
     if isinstance(node, ast.BoolOp):
         return _uses(node.values[0], chain)
     return any(_uses(child, chain) for child in ast.iter_child_nodes(node))
+
+
+def elsewhere(plan: Plan, file: str) -> list[str]:
+    """Norms of this file's blocks that are called in other files: they stay until those are rewritten too."""
+    found: dict[str, list[str]] = {}
+    for site in plan.converted:
+        if site.span is not None and site.span.file == file:
+            for norm in site.norms:
+                if norm.action != "keep" and norm.at is not None and norm.at.span.file != file:
+                    found.setdefault(str(norm.at.span), []).append(norm.path or norm.type)
+    notes = []
+    for where, paths in found.items():
+        more = f" and {len(paths) - 1} more" if paths[1:] else ""
+        notes.append(f"{file}: {paths[0]}{more} should go, but the call is in another file: {where}")
+    return notes

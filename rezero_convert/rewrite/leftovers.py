@@ -5,16 +5,18 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterable, Iterator
 
+from .classes import self_name
 from .splice import Function, Source, statements
 
 
 def leftovers(before: Source, now: Source) -> list[str]:
     """Imports, arguments, variables and definitions that nothing uses any more because of the edits."""
     old, new = _unused(before), _unused(now)
+    known = {name for name, _ in _all_functions(before)}
     return [
         f"{now.file}:{line}: {what} {'is' if not what.endswith('s') else 'are'} not used any more"
         for key, (line, what) in sorted(new.items(), key=lambda item: item[1])
-        if key not in old
+        if key not in old and (not key[1] or key[1] in known)
     ]
 
 
@@ -39,6 +41,7 @@ def _unused(source: Source) -> dict[tuple[str, str, str], tuple[int, str]]:
         read = {n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, (ast.Load, ast.Del))}
         arguments = function.args
         named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+        named = [argument for argument in named if argument.arg != self_name(function)]
         for argument in named:
             if argument.arg not in read:
                 what = f"argument `{argument.arg}` of `{owner}`"

@@ -35,11 +35,14 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def rewrite(model: nn.Module, plan: Plan) -> None:
+def rewrite(model: nn.Module, plan: Plan) -> ExitStack:
     """Carry out `plan` on `model`, in place.
 
     The converted instances get a subclass of their class with the edited methods, their alphas (`rezero_gates` names
     them), and lose their norms; `model.rezero_plan` is the plan. All or nothing: after an error the model is as it was.
+
+    Returns:
+        What undoes it: `close()` puts the model back as it was.
 
     Raises:
         ConversionError: a method's text cannot be had, is not what was imported, or cannot be edited; or the model is
@@ -52,10 +55,10 @@ def rewrite(model: nn.Module, plan: Plan) -> None:
         for owner, path, gate in _gates(model, plan):
             _place_gate(undo, model, owner, path, gate, plan.options.preserve)
         _drop_norms(undo, model, plan)
-        for repair in dict.fromkeys(repair for site in plan.converted for repair in site.repairs):
+        for repair in dict.fromkeys(repair for site in _edited_sites(plan) for repair in site.repairs):
             _repair(undo, model, repair)
         _set(undo, model.__dict__, "rezero_plan", plan)
-        undo.pop_all()
+        return undo.pop_all()
 
 
 def alphas(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -243,7 +246,7 @@ def _classes(model: nn.Module, plan: Plan) -> list[tuple[nn.Module, type[nn.Modu
         return jobs.setdefault(id(instance), _Job(instance, path))
 
     touched: set[int] = set()
-    for site in plan.converted:
+    for site in _edited_sites(plan):
         for path, place, part in _parts(model, site):
             job(path).sites.setdefault(place, []).append(part)
         touched.add(id(_module(model, site.path)))
@@ -293,6 +296,10 @@ def _text_of(texts: dict[Any, tuple[str, str]], place: Place, code: CodeType, jo
     return texts[key]
 
 
+def _edited_sites(plan: Plan) -> tuple[Site, ...]:
+    return tuple(site for site in plan.sites if text.is_edited(site))
+
+
 def _order(method: EditedMethod) -> tuple[int, int, str]:
     return method.definer, method.line, method.file
 
@@ -305,6 +312,7 @@ def _essence(site: Site) -> tuple[Any, ...]:
 
 def _parts(model: nn.Module, site: Site) -> Iterator[tuple[str, Place, Site]]:
     """The edits of a site by (module path, method): gates, norms and activation may be in different ones."""
+    site = dataclasses.replace(site, verdict="converted")
     moved = site.activation is not None and site.activation.action == "move"
     gates: dict[Place, list[Gate]] = {}
     for gate in site.gates:
@@ -344,6 +352,8 @@ def _caller(model: nn.Module, site: Site, norm: Norm) -> str:
 
 
 def _module(model: nn.Module, path: str) -> nn.Module:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ConversionError(f"{path or 'the model'}: a ScriptModule has no Python code to rewrite")
     try:
         return model.get_submodule(path)
     except AttributeError as error:
@@ -679,7 +689,7 @@ def _set_class(undo: ExitStack, instance: nn.Module, cls: type[nn.Module]) -> No
 def _gates(model: nn.Module, plan: Plan) -> Iterator[tuple[nn.Module, str, Gate]]:
     """Each gate once, with its owner: several sites may share one."""
     seen: set[tuple[int, str]] = set()
-    for site in plan.converted:
+    for site in _edited_sites(plan):
         owner = _module(model, site.path)
         for gate in site.gates:
             if (id(owner), gate.alpha) not in seen:
@@ -717,7 +727,7 @@ def _drop_norms(undo: ExitStack, model: nn.Module, plan: Plan) -> None:
     actions: dict[str, set[str]] = {}
     for site in plan.sites:
         for norm in site.norms:
-            actions.setdefault(norm.path, set()).add(norm.action if site.verdict == "converted" else "keep")
+            actions.setdefault(norm.path, set()).add(norm.action if text.is_edited(site) else "keep")
     going = {path: wanted for path, wanted in actions.items() if path and "keep" not in wanted}
     holders: dict[int, list[tuple[nn.Module, str]]] = {}
     for holder in model.modules():
@@ -732,7 +742,9 @@ def _drop_norms(undo: ExitStack, model: nn.Module, plan: Plan) -> None:
                 _set(undo, holder._modules, key, nn.Identity().train(norm_module.training))
             else:
                 _delete(undo, holder._modules, key)
-    for path in dict.fromkeys(n.bias for site in plan.converted for n in site.norms if n.bias and n.action != "keep"):
+    for path in dict.fromkeys(
+        n.bias for site in _edited_sites(plan) for n in site.norms if n.bias and n.action != "keep"
+    ):
         layer = _module(model, path)
         if layer._parameters.get("bias") is None:
             _set(undo, layer._parameters, "bias", _zero_bias(layer, path))

@@ -34,7 +34,7 @@ def drop(
     hosts = [cls] if not above else _classes_at(source, cls, above)
     made = [item for host in hosts for item in makers(source, host, attribute)]
     if not made:
-        note = f"{source.file}:{cls.lineno}: {path} of {cls.name} is not called now, but is not made in this file; it stays"
+        note = f"{source.file}:{cls.lineno}: {path} of {cls.name} is not called now, but made elsewhere; it stays"
         return set(), [], [note]
     leaves: set[ast.stmt] = set()
     edits: list[Edit] = []

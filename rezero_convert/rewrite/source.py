@@ -13,11 +13,11 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..plan import Plan
+from ..plan import Plan, Site
 from .alphas import alpha_edits
 from .classes import spelling
 from .gates import arm_edits, existing_edits
-from .jobs import Jobs, check_agreement, collect, undecided
+from .jobs import Jobs, check_agreement, collect, elsewhere, undecided
 from .leftovers import leftovers
 from .norms import bias_edits, check_reads, drop, repair, slot_edits
 from .pretrained import pretrained_edits
@@ -49,7 +49,7 @@ def rewrite(text: str, plan: Plan, file: str) -> Rewritten:
     original = parse(body, file)
     check_agreement(plan, file)
     jobs = collect(original, plan, file)
-    edited = edit_functions(body, plan.converted, product, file=file)
+    edited = _edit_bodies(original, plan)
     if edited == body and jobs == Jobs((), (), (), (), (), (), ()):
         return Rewritten(text)
     source = parse(edited, file)
@@ -61,8 +61,31 @@ def rewrite(text: str, plan: Plan, file: str) -> Rewritten:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         compile(result, file, "exec")
-    notes += leftovers(original, new) + undecided(plan, file)
+    notes += leftovers(original, new) + undecided(plan, file) + elsewhere(plan, file)
     return Rewritten(mark + _with_line_ends(text[len(mark) :], body, result), tuple(dict.fromkeys(notes)))
+
+
+def _edit_bodies(source: Source, plan: Plan) -> str:
+    """The text with its function bodies edited; only the top-level statements that change are parsed for that."""
+    touched = {line for site in plan.converted for line in _lines(site, source.file)}
+    edits = []
+    for stmt in source.tree.body:
+        first = min([stmt.lineno, *(d.lineno for d in getattr(stmt, "decorator_list", ()))])
+        last = stmt.end_lineno or first
+        if any(first <= line <= last for line in touched):
+            start, end = source.line_start(first), source.line_start(last + 1)
+            text = source.text[start:end]
+            edits.append(
+                Edit(start, end, edit_functions(text, plan.converted, product, file=source.file, first_line=first))
+            )
+    return apply(source, edits)
+
+
+def _lines(site: Site, file: str) -> set[int]:
+    operands = [gate.at for gate in site.gates] + [norm.at for norm in site.norms]
+    if site.activation is not None:
+        operands.append(site.activation.at)
+    return {operand.span.line for operand in operands if operand is not None and operand.span.file == file}
 
 
 def _class_edits(source: Source, jobs: Jobs) -> tuple[list[Edit], list[str]]:

@@ -29,7 +29,7 @@ _SUMS = frozenset({"add", "sub", "subtract", *_INPLACE_SUMS})
 
 
 def edit(text: str, sites: Iterable[Site], gate: GateSpelling, *, file: str, first_line: int = 1) -> str:
-    """`text` with the edits of the converted `sites` that lie in it.
+    """`text` with the edits of those `sites` that are to be edited and lie in it.
 
     Args:
         text: complete statements; the first one is not indented.
@@ -53,6 +53,11 @@ def edit(text: str, sites: Iterable[Site], gate: GateSpelling, *, file: str, fir
     nodes = _locate(text, positions, wanted.operands(), first_line)
     editor = _Editor(wanted, nodes, wrapper.resolve(ParentNodeProvider), gate)
     return wrapper.module.visit(editor).code
+
+
+def is_edited(site: Site) -> bool:
+    """Whether the Plan wants the site's text changed: converted, or an arm that did not run but gets the same gate."""
+    return site.verdict == "converted" or (site.verdict == "not-executed" and bool(site.gates))
 
 
 def product(alpha: cst.BaseExpression, operand: cst.BaseExpression) -> cst.BaseExpression:
@@ -96,11 +101,10 @@ class _Wanted:
     last: int
     gates: dict[tuple[Span, int | str], _GateEdit] = field(default_factory=dict)
     bypasses: dict[tuple[Span, int | str], Operand] = field(default_factory=dict)
-    templates: dict[Span, Operand] = field(default_factory=dict)
 
     def collect(self, sites: Iterable[Site]) -> None:
         for site in sites:
-            if site.verdict != "converted":
+            if not is_edited(site):
                 continue
             moved = site.activation.at if site.activation is not None and site.activation.action == "move" else None
             for gate in site.gates:
@@ -109,11 +113,10 @@ class _Wanted:
                         raise ConversionError(f"{moved.span}: no operand is known that the activation could move to")
                     continue
                 change = _GateEdit("" if gate.existing else gate.alpha, moved, gate.at)
-                if self._holds(gate.at) and (change.alpha or moved is not None):
-                    if self.gates.setdefault((gate.at.span, gate.at.index), change) != change:
-                        raise ConversionError(f"{gate.at.span}: two gates want the same operand")
-                    if moved is not None:
-                        self.templates[moved.span] = moved
+                if not self._holds(gate.at) or (gate.existing and moved is None):
+                    continue
+                if self.gates.setdefault((gate.at.span, gate.at.index), change) != change:
+                    raise ConversionError(f"{gate.at.span}: two gates want the same operand")
             calls = [norm.at for norm in site.norms if norm.action == "bypass" and norm.at is not None]
             for operand in [*calls, *([moved] if moved is not None else [])]:
                 if self._holds(operand):

@@ -1,0 +1,193 @@
+"""Statements of static capture."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable
+from functools import lru_cache
+
+from .static_access import MAX_UNROLL, assign, iterate
+from .static_core import evaluate, execute, perform
+from .static_expressions import binary, evaluate_test, truth
+from .static_names import (
+    ClassRef,
+    imported,
+    resolve_import,
+)
+from .static_values import (
+    UNKNOWN,
+    Closure,
+    Const,
+    Scope,
+    Unknown,
+    Value,
+    join_all,
+    join_environments,
+)
+
+
+@perform.register
+def _expression_statement(node: ast.Expr, scope: Scope) -> bool:
+    evaluate(node.value, scope)
+    return True
+
+
+@perform.register
+def _assign_statement(node: ast.Assign, scope: Scope) -> bool:
+    value = evaluate(node.value, scope)
+    for target in node.targets:
+        assign(target, value, scope)
+    return True
+
+
+@perform.register
+def _annotated(node: ast.AnnAssign, scope: Scope) -> bool:
+    if node.value is not None:
+        assign(node.target, evaluate(node.value, scope), scope)
+    return True
+
+
+@perform.register
+def _augmented(node: ast.AugAssign, scope: Scope) -> bool:
+    before = evaluate(node.target, scope)
+    value = evaluate(node.value, scope)
+    assign(node.target, binary(node.op, before, value, node, scope, inplace=True), scope)
+    return True
+
+
+@perform.register
+def _return(node: ast.Return, scope: Scope) -> bool:
+    scope.returns.append(evaluate(node.value, scope) if node.value is not None else Const(None))
+    return False
+
+
+@perform.register
+def _leave(node: ast.Raise, scope: Scope) -> bool:
+    return False
+
+
+@perform.register
+def _escape(node: ast.Break | ast.Continue, scope: Scope) -> bool:
+    scope.escapes.append(scope.env)
+    return False
+
+
+@perform.register
+def _if(node: ast.If, scope: Scope) -> bool:
+    evaluate_test(node.test, scope)
+    decided = truth(node.test, scope)
+    if decided is not None:
+        return execute(node.body if decided else node.orelse, scope)
+    return _branches([node.body, node.orelse], node.test, scope)
+
+
+@perform.register
+def _match(node: ast.Match, scope: Scope) -> bool:
+    evaluate(node.subject, scope)
+    return _branches([*(case.body for case in node.cases), []], node.subject, scope)
+
+
+def _branches(bodies: list[list[ast.stmt]], at: ast.expr, scope: Scope) -> bool:
+    entry = scope.env
+    joined: dict[str, Value] | None = None
+    for body in bodies:
+        scope.env = dict(entry)
+        if execute(body, scope):
+            joined = scope.env if joined is None else join_environments(joined, scope.env, scope, at)
+    scope.env = joined if joined is not None else entry
+    return joined is not None
+
+
+@perform.register
+def _for(node: ast.For | ast.AsyncFor, scope: Scope) -> bool:
+    elements = iterate(evaluate(node.iter, scope), scope, node.iter)
+    unrolls = elements.exact and len(elements.items) <= MAX_UNROLL and not _has_escape(node)
+    if unrolls and not any(isinstance(item, Unknown) for item in elements.items):
+        for item in elements.items:
+            assign(node.target, item, scope)
+            if not execute(node.body, scope):
+                break
+        return execute(node.orelse, scope)
+    _widen(node, scope)
+    element = elements.items[0] if len(elements.items) == 1 else join_all(elements.items, scope, node.iter)
+    return _loop(node.body, node.orelse, node.iter, scope, lambda: assign(node.target, element, scope))
+
+
+@perform.register
+def _while(node: ast.While, scope: Scope) -> bool:
+    _widen(node, scope)
+    evaluate_test(node.test, scope)
+    return _loop(node.body, node.orelse, node.test, scope, lambda: None)
+
+
+def _loop(body: list[ast.stmt], orelse: list[ast.stmt], at: ast.expr, scope: Scope, enter: Callable[[], None]) -> bool:
+    entry, escapes = scope.env, scope.escapes
+    scope.env, scope.escapes = dict(entry), []
+    scope.loops += 1
+    enter()
+    passed = execute(body, scope)
+    scope.loops -= 1
+    after = [scope.env] if passed else []
+    after += scope.escapes
+    scope.escapes = escapes
+    scope.env = after[0] if after else entry
+    for env in after[1:]:
+        scope.env = join_environments(scope.env, env, scope, at)
+    return execute(orelse, scope)
+
+
+@perform.register
+def _with(node: ast.With | ast.AsyncWith, scope: Scope) -> bool:
+    for item in node.items:
+        evaluate(item.context_expr, scope)
+        if item.optional_vars is not None:
+            assign(item.optional_vars, UNKNOWN, scope)
+    return execute(node.body, scope)
+
+
+@perform.register
+def _try(node: ast.Try, scope: Scope) -> bool:
+    entry = dict(scope.env)
+    passed = execute(node.body, scope) and execute(node.orelse, scope)
+    env = scope.env
+    for handler in node.handlers:
+        scope.env = dict(entry)
+        execute(handler.body, scope)
+    scope.env = env
+    return execute(node.finalbody, scope) and passed
+
+
+@perform.register
+def _define(node: ast.FunctionDef | ast.AsyncFunctionDef, scope: Scope) -> bool:
+    scope.env[node.name] = Closure(node, scope)
+    return True
+
+
+@perform.register
+def _define_class(node: ast.ClassDef, scope: Scope) -> bool:
+    scope.env[node.name] = ClassRef(scope.file, node.name, node)
+    return True
+
+
+@perform.register
+def _import(node: ast.Import | ast.ImportFrom, scope: Scope) -> bool:
+    for name, binding in imported(node).items():
+        scope.env[name] = resolve_import(scope.file, binding)
+    return True
+
+
+def _widen(loop: ast.For | ast.AsyncFor | ast.While, scope: Scope) -> None:
+    """Forget the constants that the loop reassigns: a flag set in the first pass must not hide an arm."""
+    for name in _stored(loop):
+        if isinstance(scope.env.get(name), Const):
+            scope.env[name] = UNKNOWN
+
+
+@lru_cache(maxsize=4096)
+def _stored(loop: ast.stmt) -> frozenset[str]:
+    return frozenset(n.id for n in ast.walk(loop) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
+
+
+@lru_cache(maxsize=4096)
+def _has_escape(loop: ast.stmt) -> bool:
+    return any(isinstance(n, (ast.Break, ast.Continue, ast.Return, ast.Yield)) for n in ast.walk(loop))
