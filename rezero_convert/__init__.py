@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,7 +11,7 @@ if TYPE_CHECKING:
     from .plan import Options, Plan
     from .report import Report
     from .rewrite.modules import alphas
-    from .validate import Validation, validate
+    from .validation import Validation, validate
 
 __version__ = "0.1.0"
 
@@ -39,8 +37,8 @@ _HOMES = {
     "convert_source": "api",
     "audit_source": "api",
     "SourceResult": "api",
-    "validate": "validate",
-    "Validation": "validate",
+    "validate": "validation",
+    "Validation": "validation",
     "alphas": "rewrite.modules",
     "Report": "report",
     "Plan": "plan",
@@ -61,14 +59,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """Keeps a submodule named like a public function (`validate`) from taking the function's place when imported."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

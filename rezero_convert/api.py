@@ -20,7 +20,7 @@ from .options import options as make_options
 from .plan import Options, Plan, Site
 from .report import Report
 from .rewrite import modules, source
-from .validate import validate
+from .validation import validate
 
 
 def audit(model: nn.Module, example_inputs: Any = None, **options: Any) -> Report:

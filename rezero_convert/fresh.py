@@ -77,7 +77,7 @@ def _validate(asked: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from .targets import evaluate, load, model_of, quiet_stdout
-    from .validate import validate
+    from .validation import validate
 
     torch.manual_seed(0)
     namespace = vars(load(Path(asked["file"]), Path(asked["text"])))

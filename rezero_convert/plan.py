@@ -218,7 +218,7 @@ class Plan:
     @property
     def edited(self) -> tuple[Site, ...]:
         """The sites whose text changes: the converted ones, and their twins on paths that did not run."""
-        return tuple(site for site in self.sites if site.verdict == "converted" or site.calls == 0 and site.gates)
+        return tuple(site for site in self.sites if site.verdict == "converted" or (site.calls == 0 and site.gates))
 
 
 def as_dict(record: Any) -> Any:

@@ -83,9 +83,9 @@ def expression(span: Span) -> ast.AST | None:
     """
     found: ast.AST | None = None
     for node in _ends(span.file).get((span.end_line, span.end_col), ()):
-        if (node.lineno, node.col_offset) == (span.line, span.col):
-            found = node
-        elif isinstance(node, ast.Call) and node.lineno <= span.line and found is None and _attribute_on(node, span.line):
+        if (node.lineno, node.col_offset) == (span.line, span.col) or (
+            isinstance(node, ast.Call) and node.lineno <= span.line and found is None and _attribute_on(node, span.line)
+        ):
             found = node
     return found
 

@@ -151,7 +151,9 @@ def operation(target: Any) -> str:
     name = target if isinstance(target, str) else getattr(target, "_opname", None) or getattr(target, "__name__", "")
     name = str(name).strip("_") if str(name).startswith("__") else str(name)
     name = {"iadd": "add", "radd": "add", "isub": "sub", "rsub": "rsub", "imul": "mul", "rmul": "mul"}.get(name, name)
-    name = {"subtract": "sub", "multiply": "mul", "truediv": "div", "true_divide": "div", "divide": "div"}.get(name, name)
+    name = {"subtract": "sub", "multiply": "mul", "truediv": "div", "true_divide": "div", "divide": "div"}.get(
+        name, name
+    )
     return name[:-1] if name.endswith("_") and not name.startswith("_") else name
 
 

@@ -39,28 +39,28 @@ PLAIN_FUNCTIONS = frozenset(
     "can_cast get_default_dtype device Size is_grad_enabled set_grad_enabled autocast _check _check_is_size".split()
 )
 PLAIN_METHODS = frozenset(
-    "size dim numel stride item tolist is_contiguous get_device element_size ndimension data_ptr nelement numpy "
-    "is_floating_point is_complex storage_offset backward requires_grad_ retain_grad register_hook".split()
+    "size dim numel stride item tolist is_contiguous get_device element_size ndimension data_ptr nelement "
+    "numpy is_floating_point is_complex storage_offset backward requires_grad_ retain_grad register_hook".split()
 )
 PLAIN_ATTRIBUTES = frozenset(
     "shape dtype device ndim requires_grad is_cuda layout names grad grad_fn is_sparse is_nested itemsize "
     "is_quantized is_mps is_meta".split()
 )
 PLAIN_BUILTINS = frozenset(
-    "len isinstance issubclass hasattr callable int float bool str repr print id type ord chr round abs hash range "
-    "divmod pow all any format bin hex open vars dir setattr delattr object Exception ValueError TypeError "
-    "RuntimeError NotImplementedError AssertionError KeyError IndexError ImportError AttributeError".split()
+    "len isinstance issubclass hasattr callable int float bool str repr print id type ord chr round abs hash "
+    "range divmod pow all any format bin hex open vars dir setattr delattr object Exception ValueError "
+    "TypeError RuntimeError NotImplementedError AssertionError KeyError IndexError ImportError AttributeError".split()
 )
 BUILTINS = PLAIN_BUILTINS | frozenset(
-    "zip enumerate reversed list tuple dict set frozenset sum getattr super map filter sorted min max iter next "
-    "slice staticmethod property classmethod".split()
+    "zip enumerate reversed list tuple dict set frozenset sum getattr super map filter sorted min max iter "
+    "next slice staticmethod property classmethod".split()
 )
 _MODULE_METHODS = frozenset(
     "to eval train cuda cpu half float bfloat16 double requires_grad_ apply type to_empty compile fuse".split()
 )
 _WRAPPERS = frozenset(
-    "weight_norm spectral_norm remove_weight_norm deepcopy copy skip_init script checkpoint_wrapper parametrizations "
-    "orthogonal compile".split()
+    "weight_norm spectral_norm remove_weight_norm deepcopy copy skip_init script checkpoint_wrapper "
+    "parametrizations orthogonal compile".split()
 )
 _PARAMETERS = frozenset("weight bias in_proj_weight in_proj_bias q_proj_weight k_proj_weight v_proj_weight".split())
 _BUFFERS = frozenset("running_mean running_var num_batches_tracked".split())

@@ -11,7 +11,7 @@ from torch import nn
 from .. import known
 from ..capture.static import exclusive
 from ..capture.trace import Frame, Trace, origin
-from ..plan import Activation, Gate, Norm, Operand, Options, Place, Plan, Repair, Site, Span
+from ..plan import Activation, Gate, Norm, Operand, Options, Place, Plan, Repair, Site, Span, Verdict
 from . import arms, code, gates, names, norms
 from .blocks import Block, Branch, Nested, Refusal, describe, find, has_weight, owner_call
 from .flow import Flow, flow
@@ -67,7 +67,9 @@ def _order(site: Site) -> tuple[str, int, int, str]:
 
 def _draft(flow: Flow, block: Block, options: Options) -> _Draft:
     """All that can be said of a block by itself."""
-    site = _site(flow, block.sum, "converted", {"identity": "RZ101", "projection": "RZ102", "slice": "RZ103"}[block.kind])
+    site = _site(
+        flow, block.sum, "converted", {"identity": "RZ101", "projection": "RZ102", "slice": "RZ103"}[block.kind]
+    )
     problem = _uneditable(flow, block.sum) or _unwanted(site, options)
     if problem is not None:
         return _Draft(block, replace(site, verdict="refused", code=problem[0], reason=problem[1]))
@@ -81,9 +83,9 @@ def _draft(flow: Flow, block: Block, options: Options) -> _Draft:
     repairs: list[Repair] = []
     for branch in block.branches:
         found = gates.existing(flow, branch)
-        settled = _present(site, found, options)
+        settled = _present(flow, site, found)
         if settled is not None:
-            return _Draft(block, replace(site, **settled))
+            return _Draft(block, settled)
         gate, repair, last = _gate(flow, branch, site, found, moved, options)
         made.append(gate)
         weights.append(last)
@@ -111,14 +113,14 @@ def _reason(flow: Flow, block: Block) -> str:
     return f"the skip is {describe(flow, block.shortcut.value)} of {skip}, the branch is computed from the same value"
 
 
-def _site(flow: Flow, whole: Sum, verdict: str, number: str) -> Site:
+def _site(flow: Flow, whole: Sum, verdict: Verdict, number: str) -> Site:
     frames = flow.origin(whole.node).frames
     frame = frames[0] if frames else None
     owner = frames[-1].owner if frames else None
     call = owner_call(flow, whole.node)
     path = owner if owner is not None else call.path
     return Site(
-        verdict=verdict,  # type: ignore[arg-type]  # narrowed by the callers' literals
+        verdict=verdict,
         code=number,
         reason="",
         path=path,
@@ -180,18 +182,20 @@ def _unwanted(site: Site, options: Options) -> tuple[str, str] | None:
     return ("RZ900", f"excluded by {hit!r}") if hit is not None else None
 
 
-def _present(site: Site, found: gates.Found | None, options: Options) -> dict[str, object] | None:
-    """What makes a block one that is left alone: it is gated already."""
+def _present(flow: Flow, site: Site, found: gates.Found | None) -> Site | None:
+    """The site of a block that is left alone because it is gated already."""
     if found is None:
         return None
     if found.kind == "input":
         reason = f"its gate is computed from the input by {found.parameter}, which is zero: already the identity"
-        return {"verdict": "gated", "code": "RZ908", "reason": reason}
+        return replace(site, verdict="gated", code="RZ908", reason=reason)
+    name = _relative(found.parameter, site.path)
+    ours = name in getattr(_module(flow, site.path), "rezero_gates", ())
     state = {True: "zero now", False: "not zero: trained, left alone", None: "left alone"}[found.zero]
-    if found.kind == "scalar" or (found.zero and found.kind == "channel"):
-        gate = Gate(None, _relative(found.parameter, site.path), "", "", existing=True, init=None)
+    if ours or found.kind == "scalar" or found.zero:
+        gate = Gate(None, name, "", "", existing=True, init=None)
         reason = f"already gated by {gate.alpha} ({state})"
-        return {"verdict": "gated", "code": "RZ120", "reason": reason, "gates": (gate,)}
+        return replace(site, verdict="gated", code="RZ120", reason=reason, gates=(gate,))
     return None
 
 
@@ -365,10 +369,14 @@ def _named(flow: Flow, drafts: list[_Draft], others: list[arms.Arm], options: Op
     )
     sites = []
     for draft in drafts:
-        made = tuple(
-            gate if request is None else replace(gate, alpha=given[request])
-            for gate, request in zip(draft.site.gates, draft.requests, strict=True)
-        ) if draft.requests else draft.site.gates
+        made = (
+            tuple(
+                gate if request is None else replace(gate, alpha=given[request])
+                for gate, request in zip(draft.site.gates, draft.requests, strict=True)
+            )
+            if draft.requests
+            else draft.site.gates
+        )
         site = replace(draft.site, gates=made)
         sites.append(replace(site, form=_form(site)) if site.verdict == "converted" else site)
     settled = {(site.path, site.span): site for site in sites}
@@ -401,8 +409,16 @@ def _taken(flow: Flow, drafts: list[_Draft]) -> Callable[[str, str], bool]:
 
 def _form(site: Site) -> str:
     positions = {norm.position for norm in site.norms}
-    words = [{"identity": "identity skip", "projection": "projection shortcut", "slice": "skip through a slice"}.get(site.skip_kind, "")]
-    words += [name for key, name in (("pre", "pre-norm"), ("end", "branch-end norm"), ("post", "post-norm")) if key in positions]
+    words = [
+        {"identity": "identity skip", "projection": "projection shortcut", "slice": "skip through a slice"}.get(
+            site.skip_kind, ""
+        )
+    ]
+    words += [
+        name
+        for key, name in (("pre", "pre-norm"), ("end", "branch-end norm"), ("post", "post-norm"))
+        if key in positions
+    ]
     if site.activation is not None:
         words.append("activation after the add")
     if len(site.gates) > 1:
@@ -425,7 +441,9 @@ def _nested(flow: Flow, nested: Nested) -> Site:
     site = _site(flow, nested.block.sum, nested.verdict, {"long-skip": "RZ130", "interior": "RZ131"}[nested.verdict])
     other = _frame(flow, nested.other.sum.node)
     where = str(other.span) if other is not None else "another add"
-    reason = f"spans the block at {where}" if nested.verdict == "long-skip" else f"inside the branch of the block at {where}"
+    reason = (
+        f"spans the block at {where}" if nested.verdict == "long-skip" else f"inside the branch of the block at {where}"
+    )
     return replace(site, reason=reason)
 
 

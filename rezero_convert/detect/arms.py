@@ -18,7 +18,6 @@ from ..errors import ConversionError
 from ..plan import Gate, Norm, Operand, Place, Plan, Site, Span
 from . import code
 
-
 Read = Callable[[str, str], tuple[Site, ...]]
 """The static findings of a class, by file and qualified name."""
 
@@ -75,7 +74,9 @@ def as_site(arm: Arm, gone: frozenset[str]) -> Site:
         arm: the finding.
         gone: the paths of the norms that are dropped in the model.
     """
-    found = replace(arm.found, verdict="not-executed", code="RZ140", path=arm.path, cls=arm.cls, place=arm.place, calls=0)
+    found = replace(
+        arm.found, verdict="not-executed", code="RZ140", path=arm.path, cls=arm.cls, place=arm.place, calls=0
+    )
     if arm.twin is None:
         reason = "a residual add on a path that did not run: pass inputs that run it"
         return replace(found, reason=reason, gates=(), norms=(), activation=None, repairs=())

@@ -14,7 +14,9 @@ SkipKind = Literal["identity", "projection", "slice"]
 
 _PRODUCTS = frozenset({"mul", "matmul", "mm", "bmm", "einsum", "baddbmm", "addcmul", "div", "tensordot"})
 _MATRIX_PRODUCTS = _PRODUCTS - {"mul", "div", "addcmul"}
-_NONLINEAR_NAMES = frozenset({"exp", "log", "pow", "square", "sqrt", "abs", "erf", "softmax", "maximum", "minimum", "sin"})
+_NONLINEAR_NAMES = frozenset(
+    {"exp", "log", "pow", "square", "sqrt", "abs", "erf", "softmax", "maximum", "minimum", "sin"}
+)
 _LINEAR_KINDS = frozenset({"linear", "norm", "pool", "pad", "layout", "dropout"})
 
 
@@ -187,7 +189,9 @@ def _judge(
 def _same_shape(flow: Flow, whole: Sum, shortcut: Term, skip: int, branches: tuple[Branch, ...]) -> Block | Refusal:
     sizes = {flow.shape(whole.node), flow.shape(skip)}
     if None not in sizes and len(sizes) > 1:
-        return Refusal(whole, "RZ906", f"the skip's shape {flow.shape(skip)} is broadcast to {flow.shape(whole.node)}", 2)
+        return Refusal(
+            whole, "RZ906", f"the skip's shape {flow.shape(skip)} is broadcast to {flow.shape(whole.node)}", 2
+        )
     return Block(whole, shortcut, skip, "identity", branches, certain=None not in sizes)
 
 
@@ -198,7 +202,9 @@ def _projection(
     operand = describe(flow, shortcut.value)
     for branch in branches:
         if not any(_is_nonlinear(flow, node) for node in branch.region[1:]):
-            return Refusal(whole, "RZ903", f"parallel linear paths: {operand} and {describe(flow, branch.term.value)}", 2)
+            return Refusal(
+                whole, "RZ903", f"parallel linear paths: {operand} and {describe(flow, branch.term.value)}", 2
+            )
         split = _elementwise_split(flow, path)
         if split and not flow.reaches(branch.term.value, skip, avoid=frozenset(split)):
             return Refusal(whole, "RZ901", f"the branch reads other elements of the split than {operand}", 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 from functools import lru_cache
+from typing import Any
 
 from .. import sources
 from ..capture.facts import operation
@@ -88,7 +89,13 @@ def is_add(span: Span) -> bool:
 def adds_number(span: Span) -> bool:
     """Whether one side of an add is written as a number, a string or a length."""
     node = expression(span)
-    sides = (node.left, node.right) if isinstance(node, ast.BinOp) else (node.value,) if isinstance(node, ast.AugAssign) else ()
+    sides = (
+        (node.left, node.right)
+        if isinstance(node, ast.BinOp)
+        else (node.value,)
+        if isinstance(node, ast.AugAssign)
+        else ()
+    )
     return any(_is_number(side) for side in sides)
 
 
@@ -115,7 +122,7 @@ def text(at: Operand) -> str:
 
 @lru_cache(maxsize=4096)
 def callee(span: Span) -> str | None:
-    """What the call at a span calls, as a path on `self`: `self.mlp.norm(x)` gives "mlp.norm"; None for other callees."""
+    """What the call at a span calls as a path on `self`: `self.mlp.norm(x)` gives "mlp.norm"; None for other callees."""
     node = expression(span)
     if not isinstance(node, ast.Call) or not node.args:
         return None
@@ -189,7 +196,7 @@ def _is_self_path(node: ast.AST, path: str) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def definitions(cls: type) -> tuple[tuple[str, str], ...]:
+def definitions(cls: Any) -> tuple[tuple[str, str], ...]:
     """File and qualified name of a class and of those of its bases that are written outside `torch.nn.Module`."""
     found = []
     for base in cls.__mro__:
@@ -210,7 +217,7 @@ def assigned(file: str, qualname: str) -> frozenset[str]:
     definition = sources.class_of(file, qualname)
     if definition is None:
         return frozenset()
-    names = {node.attr for node in ast.walk(definition) if _is_store(node)}
+    names = {node.attr for node in ast.walk(definition) if isinstance(node, ast.Attribute) and _is_store(node)}
     for statement in definition.body:
         if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             names.add(statement.name)
@@ -220,5 +227,5 @@ def assigned(file: str, qualname: str) -> frozenset[str]:
     return frozenset(names)
 
 
-def _is_store(node: ast.AST) -> bool:
-    return isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+def _is_store(node: ast.Attribute) -> bool:
+    return isinstance(node.ctx, ast.Store)

@@ -120,9 +120,7 @@ def flow(trace: Trace) -> Flow:
         constant.append(node.op != "placeholder" and all(constant[source] for source in read))
         for source in inputs[i]:
             users[source].append(i)
-    return Flow(
-        trace, nodes, index, tuple(inputs), tuple(map(tuple, users)), tuple(facts), steps, tuple(constant)
-    )
+    return Flow(trace, nodes, index, tuple(inputs), tuple(map(tuple, users)), tuple(facts), steps, tuple(constant))
 
 
 def data_inputs(node: fx.Node) -> Iterable[fx.Node]:

@@ -80,7 +80,14 @@ def _gate(flow: Flow, product: int, factor: int) -> Found | None:
         if numel is not None and shape is not None and numel > max(shape, default=1):
             return None  # a matrix of weights, not a gate
         zero = is_zero(value) if value is not None else flow.nodes[roots[0]].meta.get("zero")
-        return Found("scalar" if numel == 1 else "channel", path, product, zero, roots[0], _is_conditional(flow, product, roots[0]))
+        return Found(
+            "scalar" if numel == 1 else "channel",
+            path,
+            product,
+            zero,
+            roots[0],
+            _is_conditional(flow, product, roots[0]),
+        )
     layer = _computing_layer(flow, factor)
     if layer is None:
         return None
@@ -176,11 +183,19 @@ def _weight_of(flow: Flow, node: int) -> int | None:
     """The constant operand that a functional layer multiplies by, if no other operand adds to the result."""
     target = flow.nodes[node]
     others = [target.kwargs.get(name) for name in ("weight", "bias")]
-    place = 3 if flow.name(node) == "batch_norm" else 2 if flow.name(node) in ("layer_norm", "rms_norm", "group_norm") else 1
+    place = (
+        3
+        if flow.name(node) == "batch_norm"
+        else 2
+        if flow.name(node) in ("layer_norm", "rms_norm", "group_norm")
+        else 1
+    )
     given = [others[0] or (target.args[place] if len(target.args) > place else None)]
     given.append(others[1] or (target.args[place + 1] if len(target.args) > place + 1 else None))
     weight, bias = (flow.index[value] if isinstance(value, fx.Node) else None for value in given)
-    if bias is not None and not all(is_zero(parameter(flow, flow.parameter(root) or "")) for root in _parameters(flow, bias)):
+    if bias is not None and not all(
+        is_zero(parameter(flow, flow.parameter(root) or "")) for root in _parameters(flow, bias)
+    ):
         return None
     return weight if weight is not None and flow.constant[weight] else None
 

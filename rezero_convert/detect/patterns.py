@@ -22,7 +22,9 @@ _POINTWISE = frozenset(
     "celu leaky_relu hardswish hardsigmoid hardtanh softplus softsign logsigmoid clamp clamp_min clamp_max minimum "
     "maximum min max neg abs sin cos reciprocal threshold float to type_as clone rsub".split()
 )
-_REDUCTIONS = frozenset("mean var std sum norm linalg_norm vector_norm linalg_vector_norm var_mean std_mean amax".split())
+_REDUCTIONS = frozenset(
+    "mean var std sum norm linalg_norm vector_norm linalg_vector_norm var_mean std_mean amax".split()
+)
 _KEEPS_DEGREE = frozenset(
     "mean std sum norm linalg_norm vector_norm linalg_vector_norm amax neg abs clamp clamp_min clamp_max max maximum "
     "float to type_as half bfloat16 double type clone contiguous view reshape permute transpose flatten unflatten "
@@ -49,11 +51,12 @@ def summaries(trace: Trace) -> Iterator[Summary]:
         if node.op != "output":
             inside.setdefault(origin(node).call, []).append(node)
     for call in trace.calls:
-        if call in parents and call.facts.kind != "norm" or len(call.outputs) != 1 or not call.inputs:
+        known = call.facts.kind == "norm"
+        if len(call.outputs) != 1 or not call.inputs or (call in parents and not known):
             continue
         nodes = inside.get(call, [])
         end = call.outputs[0]
-        if end not in nodes and call.facts.kind != "norm" or end in call.inputs:
+        if end in call.inputs or (end not in nodes and not known):
             continue
         facts = _classify(call, nodes, end)
         if facts is not None:

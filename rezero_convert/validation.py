@@ -23,7 +23,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from .capture import check_model
 from .capture.inputs import resolve_inputs
-from .capture.recorded import record, replay
+from .capture.recorded import one_line, record, record_on, replay
 from .capture.trace import Trace
 from .detect import blocks as detected
 from .detect import gates
@@ -182,7 +182,7 @@ def validate(model: nn.Module, example_inputs: Any = None) -> Validation:
     meta = any(value.is_meta for value in [*model.parameters(), *model.buffers()])
     for mode in ("eval", "train"):
         try:
-            trace = record(model, args, kwargs, training=mode == "train")
+            trace = _trace(model, args, kwargs, mode, meta=meta)
         except ConversionError as error:
             if mode == "eval":
                 raise
@@ -206,9 +206,22 @@ def validate(model: nn.Module, example_inputs: Any = None) -> Validation:
     if meta:
         notes.append("on meta tensors only the structure can be checked")
     blocks = [
-        BlockResult(path, alphas, where, _chosen(plan, path, checks)) for (path, alphas), (where, checks) in results.items()
+        BlockResult(path, alphas, where, _chosen(plan, path, checks))
+        for (path, alphas), (where, checks) in results.items()
     ]
     return Validation(type(model).__qualname__, tuple(blocks), tuple(structure), asleep, tuple(notes))
+
+
+def _trace(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], mode: str, *, meta: bool) -> Trace:
+    """The graph of a real run: on fake tensors a model may take another path (transformers skips checks there)."""
+    if meta:
+        return record(model, args, kwargs, training=mode == "train")
+    try:
+        return record_on("real", model, args, kwargs, training=mode == "train")
+    except ConversionError:
+        raise
+    except Exception as error:  # whatever the model raises
+        raise ConversionError(f"the model raised on the example inputs: {one_line(error)}") from error
 
 
 def _parameter(model: nn.Module, name: str) -> nn.Parameter:
@@ -235,9 +248,7 @@ def _is_known(flow: Flow, gate: gates.Found, known: set[int]) -> bool:
 
 def _block(flow: Flow, block: detected.Block, own: list[gates.Found]) -> _Block:
     frames = flow.origin(block.sum.node).frames
-    before = [
-        source for gate in own for source in flow.inputs[gate.node] if not flow.constant[source]
-    ]
+    before = [source for gate in own for source in flow.inputs[gate.node] if not flow.constant[source]]
     weights = {
         path
         for branch in block.branches
@@ -285,7 +296,9 @@ def _structure(
     """What the graph alone tells: gates read, planned blocks present, dropped norms gone."""
     gating = {name for block in found for name in block.alphas}
     unread = sorted(name for name in named if name not in gating)
-    yield Check("read", mode, not unread, _several("gates no branch", unread) or f"all {len(named)} gates gate a branch")
+    yield Check(
+        "read", mode, not unread, _several("gates no branch", unread) or f"all {len(named)} gates gate a branch"
+    )
     if plan is None:
         return
     planned = {_join(site.path, gate.alpha) for site in plan.converted for gate in site.gates if site.calls}
@@ -295,7 +308,9 @@ def _structure(
     called |= {call.path for call in trace.calls}
     dropped = {norm.path for site in plan.converted for norm in site.norms if norm.action == "bypass" and norm.path}
     left = sorted(dropped & called)
-    yield Check("norm-gone", mode, not left, _several("was to go but is called", left) or f"{len(dropped)} norms dropped")
+    yield Check(
+        "norm-gone", mode, not left, _several("was to go but is called", left) or f"{len(dropped)} norms dropped"
+    )
 
 
 def _several(text: str, names: list[str]) -> str:
@@ -313,7 +328,8 @@ def _chosen(plan: Plan | None, path: str, checks: list[Check]) -> tuple[Check, .
     if not kept:
         return tuple(checks)
     return tuple(
-        Check(check.name, check.mode, check.ok, check.detail, choice=not check.ok and check.name == "vjp") for check in checks
+        Check(check.name, check.mode, check.ok, check.detail, choice=not check.ok and check.name == "vjp")
+        for check in checks
     )
 
 
@@ -398,14 +414,18 @@ def _run(
 def _at_zero(block: _Block, seen: _Observed, named: dict[str, nn.Parameter], mode: str) -> Iterator[Check]:
     detail = "the sum differs from the skip"
     yield Check("identity", mode, seen.equal.get(block.sum, False), detail)
-    yield Check("finite", mode, all(seen.finite.get(node, False) for node in block.branches), "the branch is not finite")
+    yield Check(
+        "finite", mode, all(seen.finite.get(node, False) for node in block.branches), "the branch is not finite"
+    )
     yield Check("nonzero", mode, all(seen.nonzero.get(node, False) for node in block.branches), "the branch is zero")
     output = seen.edges.get(block.output)
     if output is None:
         return
     cotangent = torch.randn_like(seen.values[block.output])
     if block.shortcut in seen.edges:
-        (back,) = torch.autograd.grad(output, seen.edges[block.shortcut], cotangent, retain_graph=True, allow_unused=True)
+        (back,) = torch.autograd.grad(
+            output, seen.edges[block.shortcut], cotangent, retain_graph=True, allow_unused=True
+        )
         same = back is not None and torch.equal(back, cotangent)
         yield Check("vjp", mode, same, "the gradient passing back through the block is not the one coming in")
     own = [named[name] for name in block.alphas]
