@@ -68,13 +68,29 @@ class Operand:
     """One operand of the expression at `span` in the text of `place`.
 
     `index` is 0 or 1 for the left or right side of a binary operation or augmented assignment; for a call, the
-    position among the positional arguments or a keyword's name; for a method call of a tensor (`x.add_(y)`), 0 is the
-    receiver and arguments count from 1.
+    position among the positional arguments or a keyword's name. Where the call is a tensor's method (`x.add_(y)`,
+    `receiver`), 0 is what stands before the dot and the arguments count from 1.
     """
 
     place: Place
     span: Span
     index: int | str
+    receiver: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Loop:
+    """A `for` statement that walks a module list, around an add: the alphas are a list walked beside it."""
+
+    span: Span
+    """The statement."""
+    modules: str
+    """What is walked, as written on `self`: "layers", "layers[1:]"."""
+    index: str = ""
+    """A variable that counts the passes from 0: the gate is `self.alphas[index]`. "": the gate is a loop variable of
+    the alphas' name, walked with `zip`."""
+    length: int | None = None
+    """The number of passes; None where it is not known (static route)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +112,14 @@ class Gate:
     init: float | None = 0.0
     """Start value; None leaves the present one (trained or preserved)."""
     shape: tuple[int, ...] = (1,)
+    loop: Loop | None = None
+    """The add is in a loop: `alpha` names a `ParameterList`, one parameter a pass."""
+
+    def parameters(self) -> tuple[str, ...]:
+        """The gate's parameters by their paths from the owner."""
+        if self.loop is None:
+            return (self.alpha,)
+        return tuple(f"{self.alpha}.{i}" for i in range(self.loop.length or 0))
 
 
 NormAction = Literal["bypass", "slot", "unfuse", "keep"]

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
-import re
-import sys
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +13,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from .plan import Norm, Plan, Repair, Site, Span, Verdict, as_dict
+from .listing import DIGITS, compact, number, where_of
+from .plan import Norm, Plan, Repair, Site, Verdict, as_dict
 
 VERSION = 1
 """Of the JSON: it changes when a key is renamed or removed, not when one is added."""
@@ -24,7 +22,6 @@ WIDTH = 100
 _VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 _STYLES: dict[str, str] = {"converted": "green", "gated": "cyan", "refused": "dim", "long-skip": "yellow"}
 _PLURALS: dict[str, str] = {"long-skip": "long skips", "gated": "already gated", "not-executed": "not executed"}
-_DIGITS = re.compile(r"(?<![0-9])(0|[1-9][0-9]*)(?![0-9])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,46 +127,6 @@ def grouped(sites: Iterable[Site]) -> tuple[Sites, ...]:
     return tuple(sorted(found, key=lambda group: _VERDICTS.index(group.first.verdict)))
 
 
-def compact(paths: Iterable[str], limit: int = 12) -> str:
-    """Module paths with their numbers folded: `blocks.{0..11}`, `layer1.{0,1}, layer2.0`."""
-    patterns = [_tokens(path) for path in dict.fromkeys(paths)]
-    for position in reversed(range(max((len(pattern) for pattern in patterns), default=0))):
-        patterns = _folded(patterns, position)
-    shown = ["".join(_set(token) if isinstance(token, frozenset) else token for token in one) for one in patterns]
-    more = f", and {len(shown) - limit} more" if len(shown) > limit else ""
-    return ", ".join(one or "(the model)" for one in shown[:limit]) + more
-
-
-def where_of(span: Span | None) -> str:
-    """`file:line:col`, the file relative to the working directory or to the place it is imported from."""
-    if span is None:
-        return "(no source)"
-    return f"{short(span.file)}:{span.line}:{span.col + 1}"
-
-
-def short(file: str, limit: int = 60) -> str:
-    """A file's name as short as it stays clear; of a very long one the end."""
-    file = _relative(file)
-    if len(file) <= limit:
-        return file
-    parts = file.split(os.sep)
-    while len(parts) > 1 and len(os.sep.join(parts)) > limit - 4:
-        del parts[0]
-    return os.sep.join(["...", *parts])
-
-
-def _relative(file: str) -> str:
-    if not os.path.isabs(file):
-        return file
-    installed = f"{os.sep}site-packages{os.sep}"  # may lie below the working directory, in a virtual environment
-    roots = sys.path if installed in file else [os.getcwd(), *sys.path]
-    for root in roots:
-        prefix = root.rstrip(os.sep) + os.sep
-        if prefix != os.sep and file.startswith(prefix) and installed not in f"{os.sep}{file.removeprefix(prefix)}":
-            return file.removeprefix(prefix)
-    return file
-
-
 def totals(report: Report) -> str:
     """One line: adds per verdict, gates, norms, adds that were only counted."""
     done = report.plan.converted
@@ -179,9 +136,9 @@ def totals(report: Report) -> str:
     parts = [f"{count} {_PLURALS.get(verdict, verdict)}" for verdict, count in report.counts.items() if count]
     line = ", ".join(parts) if parts else "no adds of tensors"
     if done:
-        line += f"; {_number(len(gates), 'gate')}, {_number(_distinct(norms), 'norm')} dropped"
+        line += f"; {number(len(gates), 'gate')}, {number(_distinct(norms), 'norm')} dropped"
     if report.plan.scalars:
-        line += f"; {_number(report.plan.scalars, 'integer or scalar add')}"
+        line += f"; {number(report.plan.scalars, 'integer or scalar add')}"
     return f"{'done' if report.converted else 'total'}: {line}"
 
 
@@ -197,12 +154,12 @@ def _key(site: Site) -> tuple[object, ...]:
     """What equal sites have in common. Numbers in reasons are those of module paths and shapes: not compared."""
     gates = tuple((gate.alpha, gate.existing, gate.shape, gate.init) for gate in site.gates)
     norms = tuple(
-        (_local(norm.path, site.path), norm.type, norm.action, _DIGITS.sub("#", norm.reason)) for norm in site.norms
+        (_local(norm.path, site.path), norm.type, norm.action, DIGITS.sub("#", norm.reason)) for norm in site.norms
     )
     repairs = tuple((_local(repair.parameter, site.path), repair.how) for repair in site.repairs)
     activation = site.activation and (site.activation.type, site.activation.action)
     place = site.span or (site.path, site.place)
-    reason = _DIGITS.sub("#", site.reason.replace(f"{site.path}.", "") if site.path else site.reason)
+    reason = DIGITS.sub("#", site.reason.replace(f"{site.path}.", "") if site.path else site.reason)
     return (place, site.verdict, site.code, site.cls, site.form, reason, gates, norms, repairs, activation)
 
 
@@ -299,38 +256,6 @@ def _wrapped(lines: Iterable[str], indent: str = "  ") -> list[str]:
     return found
 
 
-def _tokens(path: str) -> tuple[str | frozenset[int], ...]:
-    return tuple(frozenset((int(part),)) if index % 2 else part for index, part in enumerate(_DIGITS.split(path)))
-
-
-def _folded(patterns: list[tuple[str | frozenset[int], ...]], position: int) -> list[tuple[str | frozenset[int], ...]]:
-    """Patterns that differ in the numbers at one position as one, in the place of the first."""
-    merged: dict[object, tuple[str | frozenset[int], ...]] = {}
-    for pattern in patterns:
-        here = pattern[position] if position < len(pattern) else ""
-        if not isinstance(here, frozenset):
-            merged[pattern] = pattern
-            continue
-        rest = (pattern[:position], pattern[position + 1 :])
-        there = merged[rest][position] if rest in merged else frozenset()
-        assert isinstance(there, frozenset)
-        merged[rest] = (*pattern[:position], here | there, *pattern[position + 1 :])
-    return list(merged.values())
-
-
-def _set(numbers: frozenset[int]) -> str:
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    if len(numbers) == 1:
-        return str(runs[0][0])
-    parts = [f"{low}..{high}" if high > low + 1 else ",".join(map(str, range(low, high + 1))) for low, high in runs]
-    return "{" + ",".join(parts) + "}"
-
-
 def _numbers(value: Any) -> tuple[float, ...]:
     """A gate's value as numbers; () where it has none (meta tensors)."""
     if getattr(value, "is_meta", False):
@@ -351,10 +276,6 @@ def _value(numbers: tuple[float, ...]) -> str:
 
 def _json_number(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
-
-
-def _number(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _distinct(norms: Iterable[Norm]) -> int:

@@ -25,8 +25,8 @@ import torch
 from torch import nn
 
 from .errors import ConversionError
+from .listing import short
 from .options import unknown
-from .report import short
 
 
 @dataclass(frozen=True, slots=True)

@@ -301,7 +301,7 @@ def _structure(
     )
     if plan is None:
         return
-    planned = {_join(site.path, gate.alpha) for site in plan.converted for gate in site.gates if site.calls}
+    planned = {_join(site.path, name) for site in plan.converted for gate in site.gates for name in gate.parameters()}
     missing = sorted(planned - gating - set(unread))
     yield Check("planned", mode, not missing, _several("is not registered", missing) or f"all {len(planned)} are there")
     called = {str(node.target) for node in trace.graph.nodes if node.op == "call_module"}

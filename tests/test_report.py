@@ -12,9 +12,10 @@ from rich.console import Console
 
 import rezero_convert as rz
 from rezero_convert.codes import CODES
+from rezero_convert.listing import compact, short
 from rezero_convert.options import options
 from rezero_convert.plan import NORM_KINDS, Gate, Norm, Options, Place, Plan, Repair, Site, Span
-from rezero_convert.report import Report, compact, grouped, short
+from rezero_convert.report import Report, grouped
 
 PLACE = Place("net", "Block.forward", "net.py", 10)
 README = Path(__file__).parent.parent / "README.md"
@@ -286,7 +287,7 @@ def test_changes(plan: Plan) -> None:
 
 def test_submodules_do_not_hide_public_functions() -> None:
     import rezero_convert.api
-    import rezero_convert.validate  # noqa: F401
+    import rezero_convert.validation  # noqa: F401
 
     for name in rz.__all__:
         assert callable(getattr(rz, name)), name

@@ -30,7 +30,19 @@ def span(text: str, part: str, nth: int = 0, first_line: int = 1) -> Span:
 
 
 def operand(text: str, part: str, index: int | str, nth: int = 0, first_line: int = 1) -> Operand:
-    return Operand(Place("m", "Block.forward", FILE, 1), span(text, part, nth, first_line), index)
+    return Operand(Place("m", "Block.forward", FILE, 1), span(text, part, nth, first_line), index, is_method(part))
+
+
+def is_method(part: str) -> bool:
+    """Whether an operation is written as a tensor's method in these tests: `x.add(y)`, not `torch.add` or `self.act`."""
+    node = ast.parse(part.strip()).body[0]
+    func = node.value.func if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) else None
+    root = func.value if isinstance(func, ast.Attribute) else None
+    while isinstance(root, ast.Attribute):
+        root = root.value
+    return isinstance(func, ast.Attribute) and not (
+        isinstance(root, ast.Name) and root.id in ("torch", "F", "operator", "self", "nn")
+    )
 
 
 def site(
@@ -239,7 +251,7 @@ def test_a_chained_call_starts_at_its_attribute() -> None:
     full = span(text, "self.f(x)\n            .reshape(3)\n            .add(x)")
     attribute = span(text, "add(x)")
     recorded = Span(FILE, attribute.line, attribute.col, full.end_line, full.end_col)
-    at = Operand(Place("m", "Block.forward", FILE, 1), recorded, 0)
+    at = Operand(Place("m", "Block.forward", FILE, 1), recorded, 0, receiver=True)
     result = edit(text, [site((at, "alpha"))], call, file=FILE)
     assert (
         "y = (\n            self.rezero_gate(self.alpha, self.f(x)\n            .reshape(3))\n            .add(x)\n"

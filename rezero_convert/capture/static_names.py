@@ -26,6 +26,7 @@ from torch import nn
 
 from .. import sources
 from ..errors import ConversionError
+from . import homes
 
 MAX_HOPS = 12
 """How many re-exports are followed."""
@@ -335,7 +336,7 @@ _TORCH = os.path.dirname(os.path.abspath(torch.__file__))
 def locate(file: str, module: str, level: int) -> FileRef | Known | None:
     """The module an import statement of `file` names; None if it can be neither read nor is torch's."""
     if level:
-        folder = os.path.dirname(os.path.abspath(file))
+        folder = os.path.dirname(os.path.abspath(homes.home(file)))
         for _ in range(level - 1):
             folder = os.path.dirname(folder)
         if folder == _TORCH or folder.startswith(_TORCH + os.sep):

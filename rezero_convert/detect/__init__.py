@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
+from typing import Any
 
 from torch import nn
 
 from .. import known
 from ..capture.static import exclusive
 from ..capture.trace import Frame, Trace, origin
-from ..plan import Activation, Gate, Norm, Operand, Options, Place, Plan, Repair, Site, Span, Verdict
-from . import arms, code, gates, names, norms
+from ..plan import Activation, Gate, Loop, Norm, Operand, Options, Place, Plan, Repair, Site, Span, Verdict
+from . import arms, code, gates, helpers, loops, names, norms
 from .blocks import Block, Branch, Nested, Refusal, describe, find, has_weight, owner_call
 from .flow import Flow, flow
-from .sums import Sum
+from .sums import Sum, Term
 
 __all__ = ["detect"]
 
@@ -49,7 +50,7 @@ def detect(trace: Trace, options: Options | None = None) -> Plan:
     drafts = [_draft(facts, block, options) for block in (*blocks, *gated_long)]
     drafts = _post_norms(facts, drafts, options)
     others = _unexecuted(facts, drafts, options)
-    drafts = _merge(_settle_norms(facts, drafts, others))
+    drafts = _merge(facts, _settle_norms(facts, drafts, others))
     sites = _named(facts, drafts, others, options)
     sites += [_refused(facts, refusal) for refusal in refusals]
     sites += [_nested(facts, one) for one in nested if one.block not in gated_long]
@@ -70,10 +71,11 @@ def _draft(flow: Flow, block: Block, options: Options) -> _Draft:
     site = _site(
         flow, block.sum, "converted", {"identity": "RZ101", "projection": "RZ102", "slice": "RZ103"}[block.kind]
     )
-    problem = _uneditable(flow, block.sum) or _unwanted(site, options)
-    if problem is not None:
-        return _Draft(block, replace(site, verdict="refused", code=problem[0], reason=problem[1]))
-    at = _operand(flow, block.shortcut.add, block.shortcut.operand)
+    placed = _unwanted(site, options) or _placed(flow, block, site)
+    if not isinstance(placed[0], Site):
+        number, reason = placed
+        return _Draft(block, replace(site, verdict="refused", code=str(number), reason=str(reason)))
+    site, operands = placed
     activation = _activation(flow, block, site, options)
     moved = activation is not None and activation.action == "move"
     members = [member for branch in block.branches for member in norms.of_branch(flow, branch, block, options)]
@@ -86,17 +88,17 @@ def _draft(flow: Flow, block: Block, options: Options) -> _Draft:
         settled = _present(flow, site, found)
         if settled is not None:
             return _Draft(block, settled)
-        gate, repair, last = _gate(flow, branch, site, found, moved, options)
+        gate, repair, last = _gate(flow, branch, site, operands[branch.term], found, moved, options)
         made.append(gate)
         weights.append(last)
-        requests.append(None if gate.existing else names.Request(site.cls, gate.at or at, gate.child))
+        requests.append(None if gate.existing else names.Request(site.cls, operands[branch.term], gate.child))
         repairs += repair
         if not options.preserve:
             repairs += gates.repairs(flow, branch)
     site = replace(
         site,
         reason=_reason(flow, block),
-        skip=code.text(at),
+        skip=code.text(operands[block.shortcut]),
         skip_kind=block.kind,
         gates=tuple(made),
         activation=activation,
@@ -153,23 +155,45 @@ def _frame(flow: Flow, node: int) -> Frame | None:
 def _operand(flow: Flow, add: int, index: int | str) -> Operand:
     frame = _frame(flow, add)
     assert frame is not None
-    return Operand(frame.place, frame.span, index)
+    return Operand(frame.place, frame.span, index, _is_receiver(flow, add, frame.span))
 
 
-def _uneditable(flow: Flow, whole: Sum) -> tuple[str, str] | None:
-    """Why the text of a sum cannot be rewritten, if so: code and reason."""
-    for add in (whole.node, *whole.inner):
-        frame = _frame(flow, add)
-        if frame is None:
-            return "RZ909", "the add lies outside the model's own code"
-        if code.expression(frame.span) is None:
-            return "RZ909", f"there is no source text for {frame.place.qualname}"
-        if not code.is_add(frame.span):
-            return "RZ912", "the sum is not written as an add of its operands"
-        if frame.owner is None:
-            return "RZ912", f"the add is inside the function {frame.place.qualname}, which belongs to no module"
-        if any(code.operand(_operand(flow, term.add, term.operand)) is None for term in whole.terms if term.add == add):
+def _is_receiver(flow: Flow, node: int, span: Span) -> bool:
+    return flow.nodes[node].op == "call_method" and code.is_receiver(span)
+
+
+def _placed(flow: Flow, block: Block, site: Site) -> tuple[Site, dict[Term, Operand]] | tuple[str, str]:
+    """The site at the text that is to be edited, and the operands there; or code and reason why there is none."""
+    operands: dict[Term, Operand] = {}
+    for term in block.sum.terms:
+        frames = flow.origin(term.add).frames
+        problem = _unreadable(frames)
+        if problem is not None:
+            return problem
+        at = _operand(flow, term.add, term.operand)
+        if code.operand(at) is None:
             return "RZ912", "the operands of the add are not found in its text"
+        if frames[0].owner is None and term is not block.shortcut:
+            argument = helpers.argument(frames, at)
+            if not isinstance(argument, Operand):
+                return "RZ912", argument
+            at = argument
+        operands[term] = at
+    frames = flow.origin(block.sum.node).frames
+    if frames[0].owner is None:
+        site = replace(site, place=frames[-1].place, span=frames[-1].span, text=code.line(frames[-1].span))
+    return site, operands
+
+
+def _unreadable(frames: tuple[Frame, ...]) -> tuple[str, str] | None:
+    if not frames:
+        return "RZ909", "the add lies outside the model's own code"
+    if code.expression(frames[0].span) is None:
+        return "RZ909", f"there is no source text for {frames[0].place.qualname}"
+    if not code.is_add(frames[0].span):
+        return "RZ912", "the sum is not written as an add of its operands"
+    if frames[-1].owner is None:
+        return "RZ912", f"the add is inside the function {frames[0].place.qualname}, which no module's method calls"
     return None
 
 
@@ -200,10 +224,9 @@ def _present(flow: Flow, site: Site, found: gates.Found | None) -> Site | None:
 
 
 def _gate(
-    flow: Flow, branch: Branch, site: Site, found: gates.Found | None, moved: bool, options: Options
+    flow: Flow, branch: Branch, site: Site, at: Operand, found: gates.Found | None, moved: bool, options: Options
 ) -> tuple[Gate, list[Repair], str]:
     """The gate of a branch, the repairs that it needs, and the module of the branch's last weight."""
-    at = _operand(flow, branch.term.add, branch.term.operand)
     last = _last_weight(flow, branch, site.path)
     child = _relative(last, site.path).partition(".")[0] if last is not None else ""
     written = code.text(at)
@@ -253,7 +276,7 @@ def _activation(flow: Flow, block: Block, site: Site, options: Options) -> Activ
     parent = step.parent if step is not None else flow.origin(user).call
     if not frames or frames[-1].owner != site.path or parent is not owner_call(flow, node):
         return None
-    at = Operand(frames[0].place, frames[0].span, 0)
+    at = Operand(frames[0].place, frames[0].span, 0, step is None and _is_receiver(flow, user, frames[0].span))
     kind = flow.facts[user].type
     if options.activation == "keep":
         return Activation(kind, at, "keep", "kept by choice")
@@ -322,7 +345,8 @@ def _definitions(flow: Flow, site: Site, norm: Norm) -> tuple[tuple[tuple[str, s
     holder = norm.path.removesuffix(norm.attribute).rstrip(".")
     module = _module(flow, holder) if norm.attribute else None
     if module is not None:
-        return code.definitions(type(module)), known.reads_are_dead(type(module))
+        cls: Any = type(module)
+        return code.definitions(cls), known.reads_are_dead(cls)
     place = norm.at.place if norm.at is not None else site.place
     if place is None:
         return (), False
@@ -336,21 +360,45 @@ def _with_norms(draft: _Draft, final: dict[Norm, Norm]) -> Site:
     return replace(draft.site, norms=own, repairs=repairs)
 
 
-def _merge(drafts: list[_Draft]) -> list[_Draft]:
+def _merge(flow: Flow, drafts: list[_Draft]) -> list[_Draft]:
     """One draft per add in the code of an instance: a module that runs twice is decided once."""
     groups: dict[tuple[str, Span | None], list[_Draft]] = {}
     for draft in drafts:
         groups.setdefault((draft.site.path, draft.site.span), []).append(draft)
-    return [_merged(group) for group in groups.values()]
+    return [_merged(flow, group) for group in groups.values()]
 
 
-def _merged(group: list[_Draft]) -> _Draft:
+def _merged(flow: Flow, group: list[_Draft]) -> _Draft:
+    """The runs of one add as one draft; with a list of alphas where it adds the branches of several modules."""
     first = group[0]
     site = replace(first.site, calls=len(group))
-    if site.verdict == "converted" and any(draft.weights != first.weights for draft in group):
-        reason = f"one add for {len(group)} branches: in a loop over modules"
-        return _Draft(first.block, replace(_bare(site), verdict="refused", code="RZ911", reason=reason))
-    return replace(first, site=site)
+    verdicts = {draft.site.verdict for draft in group}
+    if "converted" not in verdicts:
+        return replace(first, site=site)
+    if len(verdicts) > 1:
+        return _undecided(first, site, "the add is a residual add in some of its runs only")
+    call = owner_call(flow, first.block.sum.node)
+    passes = [draft for draft in group if owner_call(flow, draft.block.sum.node) is call]
+    made = list(site.gates)
+    for number, gate in enumerate(made):
+        weights = [_relative(draft.weights[number], site.path) for draft in passes]
+        if len(weights) == 1 and "*" not in weights[0]:
+            continue
+        if "" in weights:
+            return _undecided(first, site, "the add runs several times, for branches that lie outside its module")
+        if len(set(weights)) == 1 and "*" not in weights[0]:
+            continue  # a weight-tied iteration
+        loop = loops.loop_of(gate.at.place, gate.at.span, weights) if gate.at is not None and site.place else ""
+        if not isinstance(loop, Loop):
+            return _undecided(first, site, loop or "an existing gate in a loop")
+        made[number] = replace(gate, loop=loop)
+    norms = tuple(dict.fromkeys(norm for draft in group for norm in draft.site.norms))
+    repairs = tuple(dict.fromkeys(repair for draft in group for repair in draft.site.repairs))
+    return replace(first, site=replace(site, gates=tuple(made), norms=norms, repairs=repairs))
+
+
+def _undecided(draft: _Draft, site: Site, reason: str) -> _Draft:
+    return _Draft(draft.block, replace(_bare(site), verdict="refused", code="RZ911", reason=reason))
 
 
 def _bare(site: Site) -> Site:

@@ -105,7 +105,7 @@ def _placed(norm: Norm, arm: Arm) -> Norm:
 
 def _at(at: Operand, place: Place) -> Operand:
     same = at.place.file == place.file and at.place.line == place.line
-    return Operand(place if same else replace(at.place, module=place.module), at.span, at.index)
+    return replace(at, place=place if same else replace(at.place, module=place.module))
 
 
 def reader(detect: Callable[[Trace], Plan], executed: frozenset[Span]) -> Read:

@@ -10,7 +10,7 @@ from typing import Any
 from .. import sources
 from ..capture.facts import operation
 from ..errors import ConversionError
-from ..plan import Operand, Span
+from ..plan import Operand, Place, Span
 
 _ADD_CALLS = frozenset({"add", "sub"})
 
@@ -43,36 +43,26 @@ def operand(at: Operand) -> ast.expr | None:
     if isinstance(node, ast.AugAssign):
         return {0: node.target, 1: node.value}.get(at.index) if isinstance(at.index, int) else None
     if isinstance(node, ast.Call):
-        return _argument(node, at.index)
+        return _argument(node, at)
     return None
 
 
-def _argument(call: ast.Call, index: int | str) -> ast.expr | None:
+def _argument(call: ast.Call, at: Operand) -> ast.expr | None:
+    index = at.index
     if isinstance(index, str):
         return next((keyword.value for keyword in call.keywords if keyword.arg == index), None)
     places: list[ast.expr] = list(call.args)
-    if is_method(call):
-        assert isinstance(call.func, ast.Attribute)
+    if at.receiver and isinstance(call.func, ast.Attribute):
         places.insert(0, call.func.value)
     if index >= len(places) or any(isinstance(place, ast.Starred) for place in places[: index + 1]):
         return None
     return places[index]
 
 
-_FUNCTION_HOLDERS = frozenset({"torch", "F", "functional", "operator", "nn", "special", "math"})
-
-
-def is_method(call: ast.Call) -> bool:
-    """Whether a call of a torch operation is written as a method of a tensor, `x.add(y)`.
-
-    Told from a function of a module, `torch.add(x, y)`, by the name before the dot: a module imported in the file.
-    """
-    if not isinstance(call.func, ast.Attribute):
-        return False
-    base = call.func.value
-    while isinstance(base, ast.Attribute):
-        base = base.value
-    return not (isinstance(base, ast.Name) and base.id in _FUNCTION_HOLDERS)
+def is_receiver(span: Span) -> bool:
+    """Whether a recorded method call of a tensor is also written as one, `x.add(y)`; not `operator.add(x, y)`."""
+    node = expression(span)
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and len(node.args) < 2
 
 
 def is_add(span: Span) -> bool:
@@ -121,8 +111,8 @@ def text(at: Operand) -> str:
 
 
 @lru_cache(maxsize=4096)
-def callee(span: Span) -> str | None:
-    """What the call at a span calls as a path on `self`: `self.mlp.norm(x)` gives "mlp.norm"; None for other callees."""
+def callee(place: Place, span: Span) -> str | None:
+    """What a call calls as a path on `self`: `self.mlp.norm(x)` gives "mlp.norm"; None for other callees."""
     node = expression(span)
     if not isinstance(node, ast.Call) or not node.args:
         return None
@@ -131,7 +121,23 @@ def callee(span: Span) -> str | None:
     while isinstance(target, ast.Attribute):
         names.append(target.attr)
         target = target.value
-    return ".".join(reversed(names)) if isinstance(target, ast.Name) and target.id == "self" and names else None
+    own = isinstance(target, ast.Name) and target.id == self_name(place)
+    return ".".join(reversed(names)) if own and names else None
+
+
+@lru_cache(maxsize=4096)
+def self_name(place: Place) -> str:
+    """What a method calls its module: the name of its first argument."""
+    try:
+        definition = sources.function(place)
+    except ConversionError:
+        return ""
+    return first_argument(definition) if definition is not None else ""
+
+
+def first_argument(definition: sources.FunctionNode) -> str:
+    args = [*definition.args.posonlyargs, *definition.args.args]
+    return args[0].arg if args else ""
 
 
 @lru_cache(maxsize=4096)
@@ -154,14 +160,15 @@ def uses(file: str, qualname: str, attribute: str) -> tuple[tuple[Span, ...], tu
         if method.name in construction:
             continue
         called = set()
+        me = first_argument(method)
         for node in ast.walk(method):
             if isinstance(node, ast.Call) and _initialises(node) and method.name != "forward":
                 called |= {id(part) for argument in node.args for part in ast.walk(argument)}
-            if isinstance(node, ast.Call) and _is_self_path(node.func, attribute):
+            if isinstance(node, ast.Call) and is_path(node.func, me, attribute):
                 calls.append(sources.span_of(file, node))
                 called.add(id(node.func))
         for node in ast.walk(method):
-            if id(node) not in called and _is_self_path(node, attribute):
+            if id(node) not in called and is_path(node, me, attribute):
                 assert isinstance(node, ast.Attribute)
                 if isinstance(node.ctx, ast.Load):
                     reads.append(sources.span_of(file, node))
@@ -172,8 +179,9 @@ def _construction(methods: list[ast.FunctionDef | ast.AsyncFunctionDef]) -> set[
     """The methods that only `__init__` comes to, itself included."""
     callers: dict[str, set[str]] = {}
     for method in methods:
+        me = first_argument(method)
         for node in ast.walk(method):
-            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == me:
                 callers.setdefault(node.attr, set()).add(method.name)
     found = {"__init__"}
     while more := {m.name for m in methods if m.name not in found and callers.get(m.name, {""}) <= found}:
@@ -187,12 +195,13 @@ def _initialises(call: ast.Call) -> bool:
     return name.endswith("_") and not name.endswith("__")
 
 
-def _is_self_path(node: ast.AST, path: str) -> bool:
+def is_path(node: ast.AST, root: str, path: str) -> bool:
+    """Whether an expression is `root.<path>`."""
     for name in reversed(path.split(".")):
         if not isinstance(node, ast.Attribute) or node.attr != name:
             return False
         node = node.value
-    return isinstance(node, ast.Name) and node.id == "self"
+    return isinstance(node, ast.Name) and node.id == root
 
 
 @lru_cache(maxsize=4096)

@@ -59,7 +59,7 @@ def _decide(flow: Flow, node: int, position: Position, readers: list[int], optio
         return _functional(flow, node, norm)
     if flow.trace.model is None and frame is not None and frame.place.file != _file(flow):
         return _with(norm, "keep", f"its call is in another file, {frame.span}")
-    attribute = code.callee(frame.span) if frame is not None else None
+    attribute = code.callee(frame.place, frame.span) if frame is not None else None
     owned = attribute is not None and frame is not None and _same(flow, frame.owner, attribute, path)
     if _is_fused(flow, node):
         return _with(norm, "unfuse", f"{kind}-type norm dropped, its activation stays", bias=_bias(flow, node, path))

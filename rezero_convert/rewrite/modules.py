@@ -711,11 +711,17 @@ def _place_gate(undo: ExitStack, model: nn.Module, owner: nn.Module, path: str, 
             raise ConversionError(f"{path}: the name {gate.alpha!r} of the new alpha is taken")
         like = next(itertools.chain(_floats(owner), _floats(model), [torch.empty(0)]))
         init = 1.0 if preserve or gate.init is None else gate.init
-        alpha = nn.Parameter(torch.full(gate.shape, init, dtype=like.dtype, device=like.device))
-        _set(undo, owner._parameters, gate.alpha, alpha)
+        made = [
+            nn.Parameter(torch.full(gate.shape, init, dtype=like.dtype, device=like.device)) for _ in gate.parameters()
+        ]
+        if gate.loop is None:
+            _set(undo, owner._parameters, gate.alpha, made[0])
+        else:
+            _set(undo, owner._modules, gate.alpha, nn.ParameterList(made).train(owner.training))
     names: tuple[str, ...] = owner.__dict__.get("rezero_gates", ())
-    if gate.alpha not in names:
-        _set(undo, owner.__dict__, "rezero_gates", (*names, gate.alpha))
+    new = tuple(name for name in gate.parameters() if name not in names)
+    if new:
+        _set(undo, owner.__dict__, "rezero_gates", (*names, *new))
 
 
 def _floats(module: nn.Module) -> Iterator[Tensor]:

@@ -16,16 +16,16 @@ from libcst.metadata import CodePosition, CodeRange, MetadataWrapper, ParentNode
 
 from .. import sources
 from ..errors import ConversionError
-from ..plan import Operand, Site, Span
+from ..plan import Loop, Operand, Site, Span
 
-GateSpelling = Callable[[cst.BaseExpression, cst.BaseExpression], cst.BaseExpression]
+GateSpelling = Callable[[cst.Name, cst.BaseExpression, cst.BaseExpression], cst.BaseExpression]
 """How `alpha` scales an operand; the first argument is the text of the parameter, `self.alpha_attn`."""
 
 _Target = cst.BinaryOperation | cst.Call | cst.AugAssign
 _Line = TypeVar("_Line", cst.SimpleStatementLine, cst.SimpleStatementSuite)
+_Item = TypeVar("_Item", cst.Arg, cst.BaseElement)
 
 _INPLACE_SUMS: dict[str, type[cst.BaseBinaryOp]] = {"add_": cst.Add, "sub_": cst.Subtract, "subtract_": cst.Subtract}
-_SUMS = frozenset({"add", "sub", "subtract", *_INPLACE_SUMS})
 
 
 def edit(text: str, sites: Iterable[Site], gate: GateSpelling, *, file: str, first_line: int = 1) -> str:
@@ -51,7 +51,8 @@ def edit(text: str, sites: Iterable[Site], gate: GateSpelling, *, file: str, fir
         raise ConversionError(f"{file}:{first_line + error.raw_line - 1}: syntax error: {error.message}") from error
     positions = wrapper.resolve(PositionProvider)
     nodes = _locate(text, positions, wanted.operands(), first_line)
-    editor = _Editor(wanted, nodes, wrapper.resolve(ParentNodeProvider), gate)
+    loops = _loops(positions, wanted.gates.values(), first_line)
+    editor = _Editor(wanted, nodes, wrapper.resolve(ParentNodeProvider), gate, loops)
     return wrapper.module.visit(editor).code
 
 
@@ -60,18 +61,15 @@ def is_edited(site: Site) -> bool:
     return site.verdict == "converted" or (site.verdict == "not-executed" and bool(site.gates))
 
 
-def product(alpha: cst.BaseExpression, operand: cst.BaseExpression) -> cst.BaseExpression:
+def product(owner: cst.Name, alpha: cst.BaseExpression, operand: cst.BaseExpression) -> cst.BaseExpression:
     """`alpha * operand`, the operand in parentheses unless it is a single term: what the source route writes."""
     return cst.BinaryOperation(left=alpha, operator=cst.Multiply(), right=parenthesised(operand))
 
 
-def call(alpha: cst.BaseExpression, operand: cst.BaseExpression) -> cst.BaseExpression:
+def call(owner: cst.Name, alpha: cst.BaseExpression, operand: cst.BaseExpression) -> cst.BaseExpression:
     """`self.rezero_gate(alpha, operand)`: what the live route writes."""
-    root = alpha
-    while isinstance(root, (cst.Attribute, cst.Subscript)):
-        root = root.value
     return cst.Call(
-        func=cst.Attribute(value=root.deep_clone(), attr=cst.Name("rezero_gate")),
+        func=cst.Attribute(value=owner, attr=cst.Name("rezero_gate")),
         args=[
             cst.Arg(alpha, comma=cst.Comma(whitespace_after=cst.SimpleWhitespace(" "))),
             cst.Arg(operand, comma=cst.MaybeSentinel.DEFAULT),
@@ -90,6 +88,7 @@ class _GateEdit:
     """"" adds no gate: only the activation goes in."""
     activation: Operand | None
     where: Operand
+    loop: Loop | None = None
 
 
 @dataclass(slots=True)
@@ -112,7 +111,7 @@ class _Wanted:
                     if moved is not None:
                         raise ConversionError(f"{moved.span}: no operand is known that the activation could move to")
                     continue
-                change = _GateEdit("" if gate.existing else gate.alpha, moved, gate.at)
+                change = _GateEdit("" if gate.existing else gate.alpha, moved, gate.at, gate.loop)
                 if not self._holds(gate.at) or (gate.existing and moved is None):
                     continue
                 if self.gates.setdefault((gate.at.span, gate.at.index), change) != change:
@@ -160,6 +159,22 @@ def _locate(
     return found
 
 
+def _loops(
+    positions: Mapping[cst.CSTNode, CodeRange], changes: Iterable[_GateEdit], first_line: int
+) -> dict[Span, cst.For]:
+    """The `for` statements that alphas are walked in, by their first lines."""
+    starts = {place.start.line: node for node, place in positions.items() if isinstance(node, cst.For)}
+    found: dict[Span, cst.For] = {}
+    for change in changes:
+        if change.loop is not None:
+            span = change.loop.span
+            statement = starts.get(span.line - first_line + 1)
+            if statement is None:
+                raise ConversionError(f"{span}: no loop is there (has the file changed?)")
+            found[span] = statement
+    return found
+
+
 class _Editor(cst.CSTTransformer):
     """Applies the edits bottom-up; inner edits survive in outer ones."""
 
@@ -169,6 +184,7 @@ class _Editor(cst.CSTTransformer):
         nodes: Mapping[Span, _Target],
         parents: Mapping[cst.CSTNode, cst.CSTNode],
         spelling: GateSpelling,
+        loops: Mapping[Span, cst.For],
     ) -> None:
         super().__init__()
         self.parents = parents
@@ -181,6 +197,13 @@ class _Editor(cst.CSTTransformer):
             self.gates.setdefault(nodes[change.where.span], []).append(change)
         for operand in wanted.bypasses.values():
             self.bypasses[nodes[operand.span]] = operand
+        self.walks: dict[cst.CSTNode, list[_GateEdit]] = {}
+        for change in wanted.gates.values():
+            if change.loop is None or change.loop.index:
+                continue
+            walk = self.walks.setdefault(loops[change.loop.span], [])
+            if all(change.alpha != other.alpha for other in walk):
+                walk.append(change)
 
     def leave_BinaryOperation(
         self, original_node: cst.BinaryOperation, updated_node: cst.BinaryOperation
@@ -259,7 +282,7 @@ class _Editor(cst.CSTTransformer):
         for change in self.gates.get(core, ()):
             if not (isinstance(core, cst.Call) and isinstance(added, cst.Call)):
                 continue
-            if change.where.index == 0 and self._is_method(core, change.where):
+            if change.where.index == 0 and change.where.receiver:
                 return self._assigned(core, added, updated_node, change)
         return updated_node
 
@@ -314,10 +337,38 @@ class _Editor(cst.CSTTransformer):
             operand = self._activated(operand, change.activation)
         if not change.alpha:
             return operand
-        alpha: cst.BaseExpression = cst.Name(self._first_argument(at, change.where.span))
+        owner = cst.Name(self._first_argument(at, change.where.span))
+        if change.loop is not None and not change.loop.index:
+            return self.spelling(owner, cst.Name(change.alpha), operand)
+        alpha = self._attribute(at, change)
+        if change.loop is not None:
+            alpha = cst.Subscript(alpha, [cst.SubscriptElement(cst.Index(cst.Name(change.loop.index)))])
+        return self.spelling(owner, alpha, operand)
+
+    def _attribute(self, at: cst.CSTNode, change: _GateEdit) -> cst.BaseExpression:
+        """`self.<alpha>`"""
+        found: cst.BaseExpression = cst.Name(self._first_argument(at, change.where.span))
         for attribute in change.alpha.split("."):
-            alpha = cst.Attribute(alpha, cst.Name(attribute))
-        return self.spelling(alpha, operand)
+            found = cst.Attribute(found, cst.Name(attribute))
+        return found
+
+    def leave_For(self, original_node: cst.For, updated_node: cst.For) -> cst.For:
+        changes = self.walks.get(original_node, [])
+        if not changes:
+            return updated_node
+        lists = [cst.Arg(self._attribute(original_node, change)) for change in changes]
+        names = [cst.Element(cst.Name(change.alpha)) for change in changes]
+        walk, target = updated_node.iter, updated_node.target
+        zipped = isinstance(walk, cst.Call) and isinstance(walk.func, cst.Name) and walk.func.value == "zip"
+        if zipped and isinstance(walk, cst.Call) and isinstance(target, cst.Tuple):
+            first = [arg for arg in walk.args if arg.keyword is None]
+            walk = walk.with_changes(args=[*map(_without_comma, first), *lists, *walk.args[len(first) :]])
+            target = target.with_changes(elements=[*map(_without_comma, target.elements), *names])
+        else:
+            walk = cst.Call(cst.Name("zip"), [cst.Arg(_bare(walk) if not _spills(_bare(walk)) else walk), *lists])
+            inner = _wrap(target) if isinstance(target, cst.Tuple) and not target.lpar else target
+            target = cst.Tuple([cst.Element(inner), *names], lpar=[], rpar=[])
+        return updated_node.with_changes(iter=walk, target=target)
 
     def _activated(self, operand: cst.BaseExpression, activation: Operand) -> cst.BaseExpression:
         """`operand` in the place of the sum in a copy of the activation's call."""
@@ -346,7 +397,7 @@ class _Editor(cst.CSTTransformer):
     def _bypassed(self, original: cst.Call, updated: cst.Call, operand: Operand) -> cst.BaseExpression:
         """The operand in the place of the whole call."""
         value = self._operand(original, updated, operand)
-        is_method = self._is_method(original, operand)
+        is_method = operand.receiver
         if is_method and value.lpar and not _spills(_bare(value)):
             value = _bare(value)  # the parentheses were for the method's dot
         comments = [] if is_method else _comments(updated)
@@ -384,7 +435,7 @@ class _Editor(cst.CSTTransformer):
 
     def _operand(self, original: cst.Call, call: cst.Call, operand: Operand) -> cst.BaseExpression:
         """The operand's expression in `call`, a version of `original`."""
-        if self._is_method(original, operand) and operand.index == 0:
+        if operand.receiver and operand.index == 0:
             assert isinstance(call.func, cst.Attribute)
             return call.func.value
         return call.args[self._argument(original, operand)].value
@@ -392,7 +443,7 @@ class _Editor(cst.CSTTransformer):
     def _with_operand(
         self, original: cst.Call, call: cst.Call, operand: Operand, value: cst.BaseExpression
     ) -> cst.Call:
-        if self._is_method(original, operand) and operand.index == 0:
+        if operand.receiver and operand.index == 0:
             return call.with_changes(func=call.func.with_changes(value=parenthesised(value)))
         position = self._argument(original, operand)
         args = list(call.args)
@@ -403,7 +454,7 @@ class _Editor(cst.CSTTransformer):
         """The position in `call.args` of the operand."""
         index = operand.index
         if isinstance(index, int):
-            index -= self._is_method(call, operand)
+            index -= operand.receiver
             for position, arg in enumerate(call.args):
                 if arg.star or arg.keyword is not None:
                     break
@@ -413,33 +464,6 @@ class _Editor(cst.CSTTransformer):
             if arg.keyword is not None and arg.keyword.value == operand.index:
                 return position
         raise ConversionError(f"{operand.span}: the call has no argument {operand.index!r} (has the file changed?)")
-
-    def _is_method(self, call: cst.Call, operand: Operand) -> bool:
-        """Whether the call is a tensor's method: `x.add_(y)`, `out.relu()`; not `torch.add`, `self.relu`."""
-        func = call.func
-        if not isinstance(func, cst.Attribute):
-            return False
-        root: cst.BaseExpression = func.value
-        while isinstance(root, (cst.Attribute, cst.Subscript)):
-            root = root.value
-        if isinstance(root, cst.Name) and call in self.parents and root.value not in self._bound(call):
-            return False  # a module: torch.add
-        positional = sum(1 for arg in call.args if arg.keyword is None and not arg.star)
-        if func.attr.value in _SUMS:
-            return positional < 2
-        if positional == 0:
-            return not isinstance(operand.index, str)
-        return isinstance(operand.index, int) and isinstance(call.args[0].value, (cst.BaseNumber, cst.UnaryOperation))
-
-    def _bound(self, node: cst.CSTNode) -> frozenset[str]:
-        """Names that the functions around `node` bind."""
-        names: set[str] = set()
-        for around in _ancestors(node, self.parents):
-            if isinstance(around, (cst.FunctionDef, cst.Lambda)):
-                collector = _Names()
-                around.visit(collector)
-                names |= collector.names
-        return frozenset(names)
 
     def _first_argument(self, node: cst.CSTNode, span: Span) -> str:
         """The name of `self` in the method around `node`."""
@@ -453,46 +477,6 @@ class _Editor(cst.CSTTransformer):
         if not params:
             raise ConversionError(f"{span}: not in a method, so there is no module to hold the alpha")
         return params[0].name.value
-
-
-class _Names(cst.CSTVisitor):
-    """Collects the names that a function's parameters and assignments bind."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def visit_Param(self, node: cst.Param) -> None:
-        self.names.add(node.name.value)
-
-    def visit_AssignTarget(self, node: cst.AssignTarget) -> None:
-        self._bind(node.target)
-
-    def visit_AnnAssign(self, node: cst.AnnAssign) -> None:
-        self._bind(node.target)
-
-    def visit_AugAssign(self, node: cst.AugAssign) -> None:
-        self._bind(node.target)
-
-    def visit_For(self, node: cst.For) -> None:
-        self._bind(node.target)
-
-    def visit_CompFor(self, node: cst.CompFor) -> None:
-        self._bind(node.target)
-
-    def visit_NamedExpr(self, node: cst.NamedExpr) -> None:
-        self._bind(node.target)
-
-    def visit_AsName(self, node: cst.AsName) -> None:
-        if isinstance(node.name, cst.BaseExpression):
-            self._bind(node.name)
-
-    def _bind(self, target: cst.BaseExpression) -> None:
-        if isinstance(target, cst.Name):
-            self.names.add(target.value)
-        elif isinstance(target, (cst.Tuple, cst.List)):
-            for element in target.elements:
-                self._bind(element.value)
 
 
 _NO_SPACE = cst.SimpleWhitespace("")
@@ -553,6 +537,10 @@ def _spills(node: cst.BaseExpression) -> bool:
         return len(ast.parse(f"_ = {code}").body) != 1
     except SyntaxError:
         return True
+
+
+def _without_comma(item: _Item) -> _Item:
+    return item.with_changes(comma=cst.MaybeSentinel.DEFAULT)
 
 
 def _comments(call: cst.Call) -> list[cst.BaseParenthesizableWhitespace]:

@@ -1,0 +1,111 @@
+"""Adds inside plain functions: the gate goes on the argument that carries the branch, at the module's call.
+
+`dropout_add(x, residual, ...)` of Bloom is `residual + dropout(x)`: a scalar gate commutes with dropout and with changes
+of layout, so `dropout_add(alpha * x, residual, ...)` is the same.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Sequence
+from itertools import pairwise
+
+from .. import sources
+from ..capture.facts import of_function
+from ..capture.trace import Frame
+from ..errors import ConversionError
+from ..plan import Operand
+from . import code
+
+Refused = str
+"""Why not, as a sentence."""
+
+_COMMUTING = frozenset({"dropout", "layout"})
+
+
+def argument(frames: Sequence[Frame], at: Operand) -> Operand | Refused:
+    """The argument, at the call in a module's method, that an operand in a helper function comes from.
+
+    Args:
+        frames: where the add ran: the helper first, the method last.
+        at: the operand in the helper's text.
+    """
+    for inner, outer in pairwise(frames):
+        name = inner.place.qualname
+        definition = _definition(inner)
+        expression = code.operand(at)
+        if definition is None or expression is None:
+            return f"the add is inside {name}, whose text cannot be read"
+        parameter = _parameter(definition, expression, expression.lineno)
+        if parameter is None:
+            return f"the add is inside {name}, where its operand is not one argument, at most through dropout"
+        index = _position(definition, outer, parameter)
+        if index is None:
+            return f"the add is inside {name}, and its argument {parameter} is not found at the call {outer.span}"
+        at = Operand(outer.place, outer.span, index)
+    return at
+
+
+def _definition(frame: Frame) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
+    try:
+        found = sources.function(frame.place)
+    except ConversionError:
+        return None
+    return found if isinstance(found, (ast.FunctionDef, ast.AsyncFunctionDef)) else None
+
+
+def _parameter(definition: ast.FunctionDef | ast.AsyncFunctionDef, node: ast.expr, before: int) -> str | None:
+    """The parameter whose value an expression is, at most through operations that a scalar commutes with."""
+    if isinstance(node, ast.Call):
+        function = node.func
+        name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+        if of_function(name).kind not in _COMMUTING:
+            return None
+        if node.args and not (isinstance(function, ast.Attribute) and _is_value(definition, function.value)):
+            return _parameter(definition, node.args[0], before)
+        return _parameter(definition, function.value, before) if isinstance(function, ast.Attribute) else None
+    if not isinstance(node, ast.Name):
+        return None
+    given = [
+        statement
+        for statement in ast.walk(definition)
+        if isinstance(statement, ast.Assign)
+        and statement.lineno < before
+        and any(isinstance(target, ast.Name) and target.id == node.id for target in statement.targets)
+    ]
+    if given:
+        last = max(given, key=lambda statement: statement.lineno)
+        return _parameter(definition, last.value, last.lineno)
+    return node.id if node.id in _names(definition) else None
+
+
+def _is_value(definition: ast.FunctionDef | ast.AsyncFunctionDef, node: ast.expr) -> bool:
+    """Whether what stands before a dot is a value of the function, not a module like `F`."""
+    while isinstance(node, (ast.Attribute, ast.Subscript, ast.Call)):
+        node = node.func if isinstance(node, ast.Call) else node.value
+    return isinstance(node, ast.Name) and (
+        node.id in _names(definition)
+        or any(
+            isinstance(n, ast.Name) and n.id == node.id and isinstance(n.ctx, ast.Store) for n in ast.walk(definition)
+        )
+    )
+
+
+def _names(definition: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
+    args = definition.args
+    return [arg.arg for arg in (*args.posonlyargs, *args.args, *args.kwonlyargs)]
+
+
+def _position(definition: ast.FunctionDef | ast.AsyncFunctionDef, outer: Frame, parameter: str) -> int | str | None:
+    """Where a call passes a parameter of the function it calls."""
+    call = code.expression(outer.span)
+    if not isinstance(call, ast.Call):
+        return None
+    if any(keyword.arg == parameter for keyword in call.keywords):
+        return parameter
+    positional = [arg.arg for arg in (*definition.args.posonlyargs, *definition.args.args)]
+    if parameter not in positional:
+        return None
+    index = positional.index(parameter)
+    plain = not any(isinstance(arg, ast.Starred) for arg in call.args[: index + 1])
+    return index if plain and index < len(call.args) else None
