@@ -231,6 +231,9 @@ class Plan:
     """Adds of Python numbers, integer tensors or a tensor with a number: counted, not listed."""
     notes: tuple[str, ...] = ()
     """What the reader should know about the capture as a whole."""
+    kept_calls: tuple[tuple[Span, str], ...] = ()
+    """Calls of norms that stay, with the last name of the norm's path: text that several instances share cannot drop
+    them for some."""
 
     def of(self, *verdicts: Verdict) -> tuple[Site, ...]:
         return tuple(site for site in self.sites if site.verdict in verdicts)

@@ -55,13 +55,14 @@ def load(file: Path, text_file: Path | None = None) -> ModuleType:
     """Import a Python file under its own name, packages around it included.
 
     Args:
-        file: the file; its folder (that of its outermost package) goes to the front of `sys.path`.
+        file: the file; its folder (that of its outermost package) goes to the front of `sys.path`. The copy of an
+            installed file is imported in the place of that.
         text_file: import this text in its place.
 
     Raises:
         ConversionError: the file raises while it is imported.
     """
-    root, name = module_name(file.resolve())
+    root, name = module_name(Path(home(str(file.resolve()))))
     loaded = sys.modules.get(name)
     if loaded is not None and getattr(loaded, "__file__", None) == str(file.resolve()) and text_file is None:
         return loaded

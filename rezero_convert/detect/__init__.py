@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from typing import Any
@@ -50,12 +50,12 @@ def detect(trace: Trace, options: Options | None = None) -> Plan:
     drafts = [_draft(facts, block, options) for block in (*blocks, *gated_long)]
     drafts = _post_norms(facts, drafts, options)
     others = _unexecuted(facts, drafts, options)
-    drafts = _merge(facts, _settle_norms(facts, drafts, others))
+    drafts = _settle_norms(facts, _merge(facts, drafts), others)
     sites = _named(facts, drafts, others, options)
     sites += [_refused(facts, refusal) for refusal in refusals]
     sites += [_nested(facts, one) for one in nested if one.block not in gated_long]
     ordered = sorted(_group(sites), key=_order)
-    return Plan(tuple(ordered), options, trace.route, trace.scalars, trace.notes)
+    return Plan(tuple(ordered), options, trace.route, trace.scalars, trace.notes, _kept_calls(facts, ordered))
 
 
 def _order(site: Site) -> tuple[str, int, int, str]:
@@ -336,8 +336,30 @@ def _settle_norms(flow: Flow, drafts: list[_Draft], others: list[arms.Arm]) -> l
         for draft in drafts
         for member in draft.members
     ]
-    final = norms.settle(held, frozenset(bypassed))
+    inside = {member.node for draft in drafts for member in draft.members}
+    outside = {norms.path_of(flow, node): _where(flow, node) for node in norms.calls(flow) if node not in inside}
+    final = norms.settle(held, outside, frozenset(bypassed))
     return [replace(draft, site=_with_norms(draft, final)) if draft.members else draft for draft in drafts]
+
+
+def _where(flow: Flow, node: int) -> str:
+    frame = norms.frame_of(flow, node)
+    return str(frame.span) if frame is not None else "a place without source text"
+
+
+def _kept_calls(flow: Flow, sites: Iterable[Site]) -> tuple[tuple[Span, str], ...]:
+    """The calls of norms that stay, with the last name of the norm's path.
+
+    A static trace of a class by itself does not tell how others use the class, so its own norms are left out there.
+    """
+    gone = {norm.path for site in sites for norm in site.norms if norm.action != "keep"}
+    found: dict[tuple[Span, str], None] = {}
+    for node in norms.calls(flow):
+        path, frame = norms.path_of(flow, node), norms.frame_of(flow, node)
+        alone = flow.trace.model is None and frame is not None and frame.owner == ""
+        if path and path not in gone and frame is not None and not alone:
+            found[frame.span, path.rpartition(".")[2]] = None
+    return tuple(found)
 
 
 def _definitions(flow: Flow, site: Site, norm: Norm) -> tuple[tuple[tuple[str, str], ...], bool]:
@@ -392,9 +414,9 @@ def _merged(flow: Flow, group: list[_Draft]) -> _Draft:
         if not isinstance(loop, Loop):
             return _undecided(first, site, loop or "an existing gate in a loop")
         made[number] = replace(gate, loop=loop)
-    norms = tuple(dict.fromkeys(norm for draft in group for norm in draft.site.norms))
+    members = tuple(member for draft in group for member in draft.members)
     repairs = tuple(dict.fromkeys(repair for draft in group for repair in draft.site.repairs))
-    return replace(first, site=replace(site, gates=tuple(made), norms=norms, repairs=repairs))
+    return replace(first, site=replace(site, gates=tuple(made), repairs=repairs), members=members)
 
 
 def _undecided(draft: _Draft, site: Site, reason: str) -> _Draft:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import fx, nn
@@ -75,11 +76,13 @@ def _gate(flow: Flow, product: int, factor: int) -> Found | None:
         value = parameter(flow, path)
         if value is not None and not isinstance(value, nn.Parameter):
             return None
-        shape = flow.shape(roots[0])
+        shape, written = flow.shape(roots[0]), None
+        if shape is None:
+            shape, written = _as_written(flow.nodes[roots[0]].meta.get("constructor", ""))
         numel = None if shape is None else torch.Size(shape).numel()
         if numel is not None and shape is not None and numel > max(shape, default=1):
             return None  # a matrix of weights, not a gate
-        zero = is_zero(value) if value is not None else flow.nodes[roots[0]].meta.get("zero")
+        zero = is_zero(value) if value is not None else written
         return Found(
             "scalar" if numel == 1 else "channel",
             path,
@@ -92,6 +95,34 @@ def _gate(flow: Flow, product: int, factor: int) -> Found | None:
     if layer is None:
         return None
     return Found("input", layer, product, True)
+
+
+def _as_written(constructor: str) -> tuple[tuple[int, ...] | None, bool | None]:
+    """Shape and zeroness of a parameter by the text of its start value, each None where that does not tell."""
+    try:
+        call = ast.parse(constructor.strip(), mode="eval").body
+    except SyntaxError:
+        return None, None
+    if not isinstance(call, ast.Call):
+        return None, None
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    if name == "tensor" and call.args:
+        value = _literal(call.args[0])
+        return ((), value == 0) if isinstance(value, (int, float)) else (None, None)
+    if name not in ("zeros", "ones", "full"):
+        return None, None
+    sizes = _literal(call.args[0]) if len(call.args) == 1 or name == "full" else tuple(map(_literal, call.args))
+    sizes = (sizes,) if isinstance(sizes, int) else sizes
+    known = isinstance(sizes, (tuple, list)) and all(isinstance(size, int) for size in sizes)
+    fill = {"zeros": 0, "ones": 1}.get(name, _literal(call.args[1]) if len(call.args) > 1 else None)
+    return tuple(sizes) if known else None, fill == 0 if isinstance(fill, (int, float)) else None
+
+
+def _literal(node: ast.expr) -> Any:
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError):
+        return None
 
 
 def _is_conditional(flow: Flow, product: int, root: int) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,8 +47,8 @@ def after(flow: Flow, node: int, options: Options) -> Member:
 def _decide(flow: Flow, node: int, position: Position, readers: list[int], options: Options) -> Norm:
     facts = flow.facts[node]
     kind = facts.norm or "layer"
-    path = _path(flow, node)
-    frame = _frame(flow, node)
+    path = path_of(flow, node)
+    frame = frame_of(flow, node)
     at = Operand(frame.place, frame.span, 0) if frame is not None else None
     norm = Norm(path, facts.type, kind, position, "keep", "", at=at)
     if kind not in options.drop_norm:
@@ -85,13 +85,18 @@ def _functional(flow: Flow, node: int, norm: Norm) -> Norm:
     return _with(norm, "bypass", f"{norm.kind}-type norm dropped")
 
 
-def _path(flow: Flow, node: int) -> str:
+def calls(flow: Flow) -> Iterator[int]:
+    """The runs of norm modules."""
+    return (node for node in range(len(flow.nodes)) if flow.facts[node].kind == "norm" and path_of(flow, node))
+
+
+def path_of(flow: Flow, node: int) -> str:
     if node in flow.steps:
         return flow.steps[node].path
     return str(flow.nodes[node].target) if flow.nodes[node].op == "call_module" else ""
 
 
-def _frame(flow: Flow, node: int) -> Frame | None:
+def frame_of(flow: Flow, node: int) -> Frame | None:
     frames = flow.steps[node].frames if node in flow.steps else flow.origin(node).frames
     return frames[0] if frames else None
 
@@ -118,7 +123,7 @@ def _is_fused(flow: Flow, node: int) -> bool:
     """Whether the norm module also applies an activation or dropout of its own."""
     if flow.trace.model is None:
         return flow.facts[node].fused
-    module = _module(flow.trace.model, _path(flow, node))
+    module = _module(flow.trace.model, path_of(flow, node))
     return module is not None and any(not isinstance(child, nn.Identity) for child in module.children())
 
 
@@ -150,18 +155,19 @@ class Held:
     """The classes read the norm's attributes only where a converted instance never comes."""
 
 
-def settle(held: list[Held], arms: frozenset[Span] = frozenset()) -> dict[Norm, Norm]:
+def settle(held: list[Held], outside: Mapping[str, str], arms: frozenset[Span] = frozenset()) -> dict[Norm, Norm]:
     """Which drops hold, given all of a model: a norm can go only if nothing else reads or calls it.
 
     Args:
         held: every norm of every block.
+        outside: where norms are called outside of blocks, by their paths.
         arms: calls on paths that did not run, which the plan bypasses as well.
 
     Returns:
         For each norm its final form: as it was, or kept with the reason.
     """
     dropped: dict[str, set[Span]] = {}
-    kept: dict[str, str] = {}
+    kept = {path: f"it also runs outside a residual block, at {where}" for path, where in outside.items() if path}
     for norm in (one.norm for one in held):
         if norm.action == "keep" and norm.path:
             kept.setdefault(norm.path, norm.reason)

@@ -91,12 +91,12 @@ def _alphas_of(source: Source, cls: ast.ClassDef, gates: list[tuple[Gate, bool]]
     edits = []
     for gate, bound in gates:
         place, stmt = alpha_place(source, init, gate, bound)
-        line = f"{self_name(init)}.{gate.alpha} = {_parameter(gate, _factory(source, init, gate.child), names)}"
+        line = f"{self_name(init)}.{gate.alpha} = {_parameter(gate, _factory(source, init, gate.child), names, self_name(init))}"
         edits.append(insert(source, place, source.indent(stmt.lineno), [line]))
     return edits
 
 
-def _parameter(gate: Gate, factory: str, names: Names) -> str:
+def _parameter(gate: Gate, factory: str, names: Names, me: str = "self") -> str:
     if gate.init is None:
         raise ConversionError(f"{gate.at.span if gate.at else ''}: {gate.alpha} is new and has no start value")
     size = ", ".join(map(str, gate.shape))
@@ -106,7 +106,10 @@ def _parameter(gate: Gate, factory: str, names: Names) -> str:
         value = f"{names.torch}.{'ones' if gate.init else 'zeros'}({size}{factory})"
     else:
         value = f"{names.torch}.full(({size}{',' if len(gate.shape) == 1 else ''}), {gate.init!r}{factory})"
-    return f"{names.parameter}({value})"
+    made = f"{names.parameter}({value})"
+    if gate.loop is None:
+        return made
+    return f"{names.parameter}List([{made} for _ in {me}.{gate.loop.modules}])"
 
 
 def _factory(source: Source, init: Function, child: str) -> str:
@@ -162,6 +165,10 @@ def alpha_place(source: Source, init: Function, gate: Gate, bound: bool) -> tupl
         for value in (assigned_values(stmt, self_name(init), child) if child else ())
         if not (isinstance(value, ast.Constant) and value.value is None)
     ]
+    if gate.loop is not None:  # the list may be filled after it is made
+        users = [stmt for stmt in init.body if _mentions(stmt, self_name(init), gate.loop.modules)]
+        if users:
+            return after(source, users[-1], init.body), users[-1]
     if makers:
         top = next(s for s in init.body if s.lineno <= makers[-1].lineno and makers[-1].lineno <= (s.end_lineno or 0))
         suite = _arm(top, makers) if bound else None
@@ -177,6 +184,14 @@ def alpha_place(source: Source, init: Function, gate: Gate, bound: bool) -> tupl
             line -= 1
         return Edit(source.line_start(line), source.line_start(line), ""), init.body[0]
     return after(source, init.body[last - 1], init.body), init.body[last - 1]
+
+
+def _mentions(stmt: ast.stmt, me: str, modules: str) -> bool:
+    name = modules.partition("[")[0].partition(".")[0]
+    return any(
+        isinstance(node, ast.Attribute) and node.attr == name and isinstance(node.value, ast.Name) and node.value.id == me
+        for node in ast.walk(stmt)
+    )
 
 
 def _arm(top: ast.stmt, makers: list[ast.stmt]) -> list[ast.stmt] | None:
