@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .api import SourceResult, audit, audit_source, convert, convert_source
+    from .api import SourceResult, audit, audit_source, convert, convert_source, unconvert
     from .errors import ConversionError, NoEffectWarning
     from .plan import Options, Plan
     from .report import Report
@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "audit",
     "convert",
+    "unconvert",
     "validate",
     "alphas",
     "convert_source",
@@ -34,6 +35,7 @@ __all__ = [
 _HOMES = {
     "audit": "api",
     "convert": "api",
+    "unconvert": "api",
     "convert_source": "api",
     "audit_source": "api",
     "SourceResult": "api",

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import os
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from . import sources
-from .capture import capture, static
+from . import file_plan
+from .capture import capture
 from .detect import detect
 from .errors import ConversionError, NoEffectWarning
 from .options import options as make_options
-from .plan import Options, Plan, Site
+from .plan import Options, Plan
 from .report import Report
-from .rewrite import modules, source
+from .rewrite import modules, restore, source
 from .validation import validate
 
 
@@ -85,6 +82,32 @@ def convert(
     return result
 
 
+def unconvert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """Undo `convert`: the original classes, adds and names; the weights are those of today.
+
+    Warns of what is not as before the conversion: norms that had been dropped are made anew at their start values,
+    biases that stand in for a norm's stay if they were trained, gates that had been there before keep their present
+    values, and zero initializations that were undone stay so.
+
+    Args:
+        model: a converted model, or one that holds converted modules.
+        inplace: restore the given object, not a copy.
+
+    Returns:
+        The unconverted model.
+
+    Raises:
+        ConversionError: a class was derived from a converted one. The given model is then as it was.
+    """
+    result = model if inplace else copy.deepcopy(model)
+    if not restore.is_converted(result):
+        warnings.warn("nothing to undo: no module of the model is converted", NoEffectWarning, stacklevel=2)
+    left = restore.restore(result)
+    if left:
+        warnings.warn(f"not as before the conversion: {'; '.join(left)}", UserWarning, stacklevel=2)
+    return result
+
+
 @dataclass(frozen=True, slots=True)
 class SourceResult:
     """A file's new text and the report on it."""
@@ -123,31 +146,9 @@ def audit_source(
 
 
 def _source_plan(text: str, file: str, model: nn.Module | None, example_inputs: Any, options: Options) -> Plan:
-    if model is not None:
-        plan = detect(capture(model, example_inputs), options)
-        own = os.path.realpath(file)
-        here = [site for site in plan.sites if site.span is not None and os.path.realpath(site.span.file) == own]
-        return dataclasses.replace(plan, sites=tuple(here))
-    sources.register(file, text)
-    plans = [detect(trace, options) for trace in static.traces(file)]
-    sites = _by_place((site for plan in plans for site in plan.sites), file)
-    notes = tuple(dict.fromkeys(note for plan in plans for note in plan.notes))
-    return Plan(sites, options, "static", sum(plan.scalars for plan in plans), notes)
-
-
-def _by_place(sites: Iterable[Site], file: str) -> tuple[Site, ...]:
-    """One site per add of the file: seen from its own class first, else from a class that holds it."""
-    best: dict[Any, Site] = {}
-    for site in sites:
-        if site.span is not None and site.span.file == file:
-            best[site.span] = min(best.get(site.span, site), site, key=_distance)
-    return tuple(best[span] for span in sorted(best))
-
-
-def _distance(site: Site) -> tuple[bool, bool, bool]:
-    """How far the context of a static finding is from its class; a block found from afar beats a refusal at home."""
-    own = site.place is not None and site.place.cls == site.cls
-    return site.verdict == "refused", site.path != "", not own
+    if model is None:
+        return file_plan.written(text, file, options)
+    return file_plan.recorded(text, file, model, example_inputs, options)
 
 
 def _nothing(plan: Plan) -> str:

@@ -396,7 +396,7 @@ def _deliver(result: _Result, arguments: argparse.Namespace, screen: _Screen) ->
     name = result.file.name
     screen.show(result.report)
     for note in result.notes:
-        screen.say(f"{name}: {note}")
+        screen.say(note if note.startswith(f"{name}:") else f"{name}: {note}")
     if not result.changed:
         screen.say(f"{name}: {_NOTHING}")
     if arguments.output == "-":

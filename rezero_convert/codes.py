@@ -29,4 +29,5 @@ CODES: dict[str, str] = {
     "RZ914": "depends on the skip only through detach, masks, shapes or indices",
     "RZ915": "cannot be decided without running the model: pass --model and --inputs",
     "RZ916": "a merge inside a larger structure: the sum is not what the module returns",
+    "RZ917": "shares its text with an instance that cannot be gated",
 }

@@ -14,6 +14,13 @@ FAST_PATHS: tuple[tuple[type[nn.Module], str, str], ...] = (
 )
 """(class, expression in its `forward`, what a converted instance has in its place)."""
 
+SWITCHES: tuple[tuple[type[nn.Module], str, object], ...] = (
+    # `nn.TransformerEncoder` tests this of a layer that it is to clone; 0 says that there is no fast path, and it does
+    # not go on to compare the norms' `eps`.
+    (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
+)
+"""(class, attribute, what a converted instance has in it)."""
+
 
 def reads_are_dead(cls: type) -> bool:
     """Whether a class reads its norms' attributes only on a fast path that conversion switches off."""

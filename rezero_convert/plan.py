@@ -166,6 +166,8 @@ class Repair:
     """Path from the root: `layer1.0.bn2.weight`."""
     how: Literal["ones", "reset"]
     """ones: filled with 1. reset: its module's `reset_parameters()`, or PyTorch's default initialization."""
+    certain: bool = True
+    """It is zero now; False where a statement of the file may make it so (static route)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .capture.homes import home
 from .errors import ConversionError
 from .listing import short
 from .options import unknown
@@ -70,6 +71,8 @@ def load(file: Path, text_file: Path | None = None) -> ModuleType:
         name += "_"  # taken by another module, say the standard library's
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
+    if name.partition(".")[0] in _ZOOS:
+        _declare_operators()
     finder = _Replaced(name, str(text_file or file.resolve()))
     sys.meta_path.insert(0, finder)
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ Replace = Callable[[Tensor], Tensor]
 
 @contextlib.contextmanager
 def untouched(model: nn.Module, *, training: bool = False, gradients: bool = False) -> Iterator[None]:
-    """A context in eval (or train) mode, without gradients and the fused attention path; leaves no change behind.
+    """A context in eval (or train) mode, without gradients, backward hooks and the fused attention path; leaves no change.
 
     Put back on exit, also after an exception: every module's attributes (with lists, dicts and sets among them,
     parameters, buffers, children and hooks, all by identity), training flags, random states of torch, Python and
@@ -37,6 +37,9 @@ def untouched(model: nn.Module, *, training: bool = False, gradients: bool = Fal
                     module.training = training
                 else:  # no `train()`: overrides of `train` may do anything
                     module.__dict__["training"] = training
+                    # they insert operations where gradients flow, and are not for gradients of ours
+                    module.__dict__["_backward_hooks"] = OrderedDict()
+                    module.__dict__["_backward_pre_hooks"] = OrderedDict()
             yield
         finally:
             for record in saved:

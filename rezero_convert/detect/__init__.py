@@ -50,7 +50,7 @@ def detect(trace: Trace, options: Options | None = None) -> Plan:
     drafts = [_draft(facts, block, options) for block in (*blocks, *gated_long)]
     drafts = _post_norms(facts, drafts, options)
     others = _unexecuted(facts, drafts, options)
-    drafts = _settle_norms(facts, _merge(facts, drafts), others)
+    drafts = _settle_norms(facts, _merge(facts, drafts, refusals), others)
     sites = _named(facts, drafts, others, options)
     sites += [_refused(facts, refusal) for refusal in refusals]
     sites += [_nested(facts, one) for one in nested if one.block not in gated_long]
@@ -173,16 +173,21 @@ def _placed(flow: Flow, block: Block, site: Site) -> tuple[Site, dict[Term, Oper
         at = _operand(flow, term.add, term.operand)
         if code.operand(at) is None:
             return "RZ912", "the operands of the add are not found in its text"
-        if frames[0].owner is None and term is not block.shortcut:
+        if _in_helper(frames) and term is not block.shortcut:
             argument = helpers.argument(frames, at)
             if not isinstance(argument, Operand):
                 return "RZ912", argument
             at = argument
         operands[term] = at
     frames = flow.origin(block.sum.node).frames
-    if frames[0].owner is None:
+    if _in_helper(frames):
         site = replace(site, place=frames[-1].place, span=frames[-1].span, text=code.line(frames[-1].span))
     return site, operands
+
+
+def _in_helper(frames: tuple[Frame, ...]) -> bool:
+    """Whether an add ran in a function other than the method (a comprehension is part of its method)."""
+    return frames[0].owner is None and frames[0].place != frames[-1].place
 
 
 def _unreadable(frames: tuple[Frame, ...]) -> tuple[str, str] | None:
@@ -302,10 +307,17 @@ def _post_norms(flow: Flow, drafts: list[_Draft], options: Options) -> list[_Dra
         node = _next_norm(flow, draft.block)
         everywhere = following[draft.site.span]
         alone = len(everywhere) == 1 and any(member.position == "pre" for member in draft.members)
+        alone = alone or (node is not None and _after_loop(flow, draft.site, node))
         if node is not None and None not in everywhere and not alone and draft.site.verdict == "converted":
             draft = replace(draft, members=(*draft.members, norms.after(flow, node, options)))
         result.append(draft)
     return result
+
+
+def _after_loop(flow: Flow, site: Site, node: int) -> bool:
+    """Whether a norm follows the loop over modules that the add runs in; a static trace has one pass of it."""
+    loop, star, _ = site.path.rpartition("*")
+    return bool(star) and not norms.path_of(flow, node).startswith(f"{loop}*.")
 
 
 def _next_norm(flow: Flow, block: Block) -> int | None:
@@ -317,7 +329,7 @@ def _unexecuted(flow: Flow, drafts: list[_Draft], options: Options) -> list[arms
     """Residual adds on paths that the recorded run did not take."""
     if flow.trace.model is None:
         return []
-    executed = frozenset(frame.span for node in range(len(flow.nodes)) if (frame := _frame(flow, node)))
+    executed = frozenset(frame.span for node in flow.nodes for frame in origin(node).frames)
     ran: dict[tuple[str, str], set[Place]] = {}
     for node in flow.nodes:
         frames = origin(node).frames
@@ -382,22 +394,23 @@ def _with_norms(draft: _Draft, final: dict[Norm, Norm]) -> Site:
     return replace(draft.site, norms=own, repairs=repairs)
 
 
-def _merge(flow: Flow, drafts: list[_Draft]) -> list[_Draft]:
+def _merge(flow: Flow, drafts: list[_Draft], refusals: list[Refusal]) -> list[_Draft]:
     """One draft per add in the code of an instance: a module that runs twice is decided once."""
+    refused = {(site.path, site.span) for refusal in refusals for site in (_refused(flow, refusal),)}
     groups: dict[tuple[str, Span | None], list[_Draft]] = {}
     for draft in drafts:
         groups.setdefault((draft.site.path, draft.site.span), []).append(draft)
-    return [_merged(flow, group) for group in groups.values()]
+    return [_merged(flow, group, key in refused) for key, group in groups.items()]
 
 
-def _merged(flow: Flow, group: list[_Draft]) -> _Draft:
+def _merged(flow: Flow, group: list[_Draft], refused: bool) -> _Draft:
     """The runs of one add as one draft; with a list of alphas where it adds the branches of several modules."""
     first = group[0]
     site = replace(first.site, calls=len(group))
     verdicts = {draft.site.verdict for draft in group}
     if "converted" not in verdicts:
         return replace(first, site=site)
-    if len(verdicts) > 1:
+    if len(verdicts) > 1 or refused:
         return _undecided(first, site, "the add is a residual add in some of its runs only")
     call = owner_call(flow, first.block.sum.node)
     passes = [draft for draft in group if owner_call(flow, draft.block.sum.node) is call]
@@ -468,7 +481,8 @@ def _taken(flow: Flow, drafts: list[_Draft]) -> Callable[[str, str], bool]:
         for draft in owners.get(cls, ()):
             module = _module(flow, draft.site.path)
             if module is not None:
-                if hasattr(module, name):
+                before = draft.site.verdict != "converted" and name in module.__dict__.get("rezero_gates", ())
+                if hasattr(module, name) and not before:
                     return True
             elif draft.site.place is not None and name in code.assigned(draft.site.place.file, draft.site.place.cls):
                 return True

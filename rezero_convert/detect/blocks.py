@@ -8,7 +8,7 @@ from typing import Literal
 
 from ..capture.trace import Call
 from .flow import Flow
-from .sums import Sum, Term, halves, sums
+from .sums import Sum, Term, halves, operands, sums
 
 SkipKind = Literal["identity", "projection", "slice"]
 
@@ -17,6 +17,8 @@ _MATRIX_PRODUCTS = _PRODUCTS - {"mul", "div", "addcmul"}
 _NONLINEAR_NAMES = frozenset(
     {"exp", "log", "pow", "square", "sqrt", "abs", "erf", "softmax", "maximum", "minimum", "sin"}
 )
+_SPLITS = frozenset({"split", "chunk", "unbind", "tensor_split"})
+_PARTS = frozenset({"getitem", "narrow", "select", "slice"})
 _LINEAR_KINDS = frozenset({"linear", "norm", "pool", "pad", "layout", "dropout"})
 
 
@@ -95,17 +97,31 @@ def classify(flow: Flow, whole: Sum) -> Block | Refusal:
     values = [term.value for term in whole.terms]
     if len(set(values)) < len(values):
         return Refusal(whole, "RZ910", "adds a tensor to itself")
-    added = next((term for term in whole.terms if flow.constant[term.value]), None)
-    if added is not None:
-        return Refusal(whole, "RZ907", f"adds {describe(flow, added.value)}, which does not depend on the input")
     results = [result for term in _by_age(whole.terms) for result in _with_skip(flow, whole, term)]
     blocks = [result for result in results if isinstance(result, Block)]
     if blocks:
         return blocks[0]
-    refusals = [result for result in results if isinstance(result, Refusal)]
+    return _weakly_joined(flow, whole) or _refusal(flow, whole, [r for r in results if isinstance(r, Refusal)])
+
+
+def _refusal(flow: Flow, whole: Sum, refusals: list[Refusal]) -> Refusal:
+    added = next((term for term in whole.terms if flow.constant[term.value]), None)
+    if added is not None:
+        return Refusal(whole, "RZ907", f"adds {describe(flow, added.value)}, which does not depend on the input")
     if refusals:
         return max(refusals, key=lambda refusal: refusal.interest)
     return Refusal(whole, "RZ901", "the operands are independent: neither is computed from the other")
+
+
+def _weakly_joined(flow: Flow, whole: Sum) -> Refusal | None:
+    """The refusal of a sum whose operands hang together without any value going from one to the other."""
+    first, *others = sorted(whole.terms, key=lambda term: term.value)
+    for term in others:
+        if flow.reads(term.value, first.value) and not flow.reaches(term.value, first.value):
+            skip, other = describe(flow, first.value), describe(flow, term.value)
+            reason = f"{other} depends on {skip} only through detach, masks, shapes or indices"
+            return Refusal(whole, "RZ914", reason)
+    return None
 
 
 def _by_age(terms: tuple[Term, ...]) -> list[Term]:
@@ -115,7 +131,7 @@ def _by_age(terms: tuple[Term, ...]) -> list[Term]:
 def _with_skip(flow: Flow, whole: Sum, shortcut: Term) -> Iterator[Block | Refusal]:
     """The sum read with `shortcut` as the operand that carries the skip."""
     others = [term for term in whole.terms if term is not shortcut]
-    for start, path in _origins(flow, shortcut.value):
+    for start, path in _origins(flow, shortcut.value, owner_call(flow, whole.node)):
         if any(start > term.value for term in others):
             continue
         branches = tuple(branch for term in others if (branch := _branch(flow, start, term)))
@@ -129,17 +145,20 @@ def _branch(flow: Flow, start: int, term: Term) -> Branch | None:
     return Branch(term, region, flow.cuts(region)) if len(region) > 1 else None
 
 
-def _origins(flow: Flow, value: int) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """The operand's own value, then the values it is a linear function of; with the steps in between, last first."""
+def _origins(flow: Flow, value: int, owner: Call) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """The operand's own value, then the values it is a linear function of, up to an input of the module that adds.
+
+    With the steps in between, last first.
+    """
     path: tuple[int, ...] = ()
     yield value, path
-    owner = owner_call(flow, value)
     while True:
         source = _linear_source(flow, value)
         if source is None:
             return
         path = (*path, value)
-        yield source, path
+        if flow.name(source) not in _SPLITS:  # a tuple of values, not one
+            yield source, path
         if flow.nodes[source] in owner.inputs:
             return
         value = source
@@ -181,12 +200,17 @@ def _judge(
         if not any(has_weight(flow, node) for node in inside):
             what = describe(flow, branch.term.value)
             return Refusal(whole, "RZ902", f"no linear or convolution weight between the skip and {what}", 1)
+        if _is_beside(flow, skip, branch.term.value):
+            return Refusal(whole, "RZ904", f"{describe(flow, skip)} is added to a stream that does not begin there", 2)
     if not path:
         return _same_shape(flow, whole, shortcut, skip, branches)
     return _projection(flow, whole, shortcut, skip, path, branches)
 
 
 def _same_shape(flow: Flow, whole: Sum, shortcut: Term, skip: int, branches: tuple[Branch, ...]) -> Block | Refusal:
+    linear = [b for b in branches if not any(_is_nonlinear(flow, node) for node in b.region[1:])]
+    if len(linear) == len(branches) > 1:
+        return Refusal(whole, "RZ903", "parallel linear paths beside the identity, to be merged into one layer", 2)
     sizes = {flow.shape(whole.node), flow.shape(skip)}
     if None not in sizes and len(sizes) > 1:
         return Refusal(
@@ -206,8 +230,10 @@ def _projection(
                 whole, "RZ903", f"parallel linear paths: {operand} and {describe(flow, branch.term.value)}", 2
             )
         split = _elementwise_split(flow, path)
-        if split and not flow.reaches(branch.term.value, skip, avoid=frozenset(split)):
-            return Refusal(whole, "RZ901", f"the branch reads other elements of the split than {operand}", 1)
+        around = not split or flow.reaches(branch.term.value, skip, avoid=frozenset(split))
+        if not around or _reads_other_parts(flow, skip, path[-1], branch):
+            parted = describe(flow, split[0] if split else skip)
+            return Refusal(whole, "RZ901", f"the branch reads other elements of {parted} than {operand}", 4)
     call = owner_call(flow, whole.node)
     if flow.nodes[skip] not in call.inputs and not _within(flow.origin(skip).call, call):
         return Refusal(whole, "RZ904", "skip and branch part outside the module that adds them", 1)
@@ -221,12 +247,50 @@ def _projection(
         return Refusal(whole, "RZ903", f"a parallel path of the same shape, {operand}, instead of a skip", 2)
     same = mere_scale or (moved and here == there)
     kind: SkipKind = "identity" if same else "slice" if moved else "projection"
+    beside = frozenset(flow.index[node] for node in call.inputs) - {skip}
+    if kind == "projection" and not all(flow.reaches(b.term.value, skip, avoid=beside) for b in branches):
+        return Refusal(whole, "RZ904", f"{operand} and the branch are of different inputs of the module", 2)
     return Block(whole, shortcut, skip, kind, branches, certain)
 
 
 def _elementwise_split(flow: Flow, path: tuple[int, ...]) -> tuple[int, ...]:
     """The nodes of multi-output splits on a shortcut."""
-    return tuple(node for node in path if flow.name(node) in ("split", "chunk", "unbind", "tensor_split"))
+    return tuple(node for node in path if flow.name(node) in _SPLITS)
+
+
+def _reads_other_parts(flow: Flow, skip: int, first: int, branch: Branch) -> bool:
+    """Whether the shortcut starts with a slice of the skip and the branch with slices that differ from it."""
+    if flow.name(first) not in _PARTS:
+        return False
+    inside = set(branch.region)
+    own = str((flow.nodes[first].args[1:], flow.nodes[first].kwargs))
+    return all(
+        flow.name(user) in _PARTS and str((flow.nodes[user].args[1:], flow.nodes[user].kwargs)) != own
+        for user in flow.users[skip]
+        if user in inside
+    )
+
+
+def _is_beside(flow: Flow, skip: int, node: int) -> bool:
+    """Whether `node` is a residual stream that the value of `skip` was given to from the side.
+
+    Position embeddings are added again in each layer: the stream depends on them, and is no branch from them.
+    """
+    while node > skip:
+        terms = sorted(operands(flow, node), key=lambda term: term.value)
+        sources = [source for source in flow.inputs[node] if not flow.constant[source]]
+        if terms and any(term.value == skip for term in terms):
+            node = next((term.value for term in terms if term.value != skip), skip)
+        elif terms and flow.reaches(terms[1].value, terms[0].value):
+            node = terms[0].value
+        elif len(sources) == 1 and (
+            flow.facts[node].kind in ("layout", "dropout")
+            or (flow.facts[node].kind in ("norm", "activation") and operands(flow, sources[0]))
+        ):
+            node = sources[0]
+        else:
+            return False
+    return node != skip
 
 
 def _is_upsampling(flow: Flow, node: int) -> bool:
@@ -250,7 +314,7 @@ def _is_matrix(flow: Flow, node: int) -> bool:
 
 def _is_nonlinear(flow: Flow, node: int) -> bool:
     kind, name = flow.facts[node].kind, flow.name(node)
-    if kind in ("activation", "attention", "recurrent") or name in _NONLINEAR_NAMES:
+    if kind in ("activation", "attention", "recurrent") or name in _NONLINEAR_NAMES or flow.facts[node].fused:
         return True
     if name in _PRODUCTS:
         return sum(not flow.constant[source] for source in flow.inputs[node]) > 1

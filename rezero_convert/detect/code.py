@@ -12,7 +12,7 @@ from ..capture.facts import operation
 from ..errors import ConversionError
 from ..plan import Operand, Place, Span
 
-_ADD_CALLS = frozenset({"add", "sub"})
+_ADD_CALLS = frozenset({"add", "sub", "addcmul", "lerp"})
 
 
 @lru_cache(maxsize=4096)
@@ -238,3 +238,29 @@ def assigned(file: str, qualname: str) -> frozenset[str]:
 
 def _is_store(node: ast.Attribute) -> bool:
     return isinstance(node.ctx, ast.Store)
+
+
+@lru_cache(maxsize=64)
+def zeroed(file: str) -> frozenset[str]:
+    """What initialisers in a file fill with zeros, as paths on some module: "norm.weight" for `m.norm.weight`."""
+    found = set()
+    for node in ast.walk(sources.tree(file)):
+        if isinstance(node, ast.Call) and _initialises(node) and _fills_zero(node):
+            target: ast.AST | None = node.args[0] if node.args else None
+            if not isinstance(target, ast.Attribute):
+                target = node.func.value if isinstance(node.func, ast.Attribute) else None
+            names = []
+            while isinstance(target, ast.Attribute):
+                names.append(target.attr)
+                target = target.value
+            if isinstance(target, ast.Name):
+                found.add(".".join(name for name in reversed(names) if name != "data"))
+    return frozenset(found)
+
+
+def _fills_zero(call: ast.Call) -> bool:
+    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    if name in ("zeros_", "zero_"):
+        return True
+    values = [*call.args[-1:], *(keyword.value for keyword in call.keywords if keyword.arg == "val")]
+    return name in ("constant_", "fill_") and any(isinstance(v, ast.Constant) and v.value == 0 for v in values)

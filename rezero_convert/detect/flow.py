@@ -75,6 +75,20 @@ class Flow:
                     stack.append(source)
         return False
 
+    def reads(self, target: int, start: int) -> bool:
+        """Whether `target` depends on `start` in any way, be it by shape, truth or index."""
+        seen = {target}
+        stack = [target]
+        while stack:
+            node = stack.pop()
+            if node == start:
+                return True
+            for source in map(self.index.__getitem__, self.nodes[node].all_input_nodes):
+                if source >= start and source not in seen:
+                    seen.add(source)
+                    stack.append(source)
+        return False
+
     def region(self, start: int, end: int) -> tuple[int, ...]:
         """The nodes on data paths from `start` to `end`, both included, in order; empty if there is none."""
         seen = {end}

@@ -12,6 +12,7 @@ from torch import fx, nn
 
 from ..capture.trace import Call
 from ..plan import Repair
+from . import code
 from .blocks import Branch
 from .flow import Flow
 
@@ -181,10 +182,23 @@ def repairs(flow: Flow, branch: Branch) -> Iterator[Repair]:
     """
     for node in branch.cuts:
         target = flow.nodes[node]
-        if target.op == "call_module":
+        if flow.trace.model is None:
+            yield from _written_repairs(flow, node)
+        elif target.op == "call_module":
             yield from _layer_repairs(flow, str(target.target), flow.facts[node].kind)
         elif flow.facts[node].kind in ("linear", "norm"):
             yield from _function_repairs(flow, node)
+
+
+def _written_repairs(flow: Flow, node: int) -> Iterator[Repair]:
+    """A layer of the owner that some statement of the file fills with zeros, perhaps under a condition."""
+    kind, frames = flow.facts[node].kind, flow.origin(node).frames
+    path = flow.steps[node].path if node in flow.steps else str(flow.nodes[node].target)
+    if kind not in ("norm", "linear") or not frames or not path or flow.nodes[node].op == "get_attr":
+        return
+    zeroed = code.zeroed(frames[0].span.file)
+    if f"{path}.weight" in zeroed and (kind == "norm" or f"{path}.bias" in zeroed):
+        yield Repair(f"{path}.weight", "ones" if kind == "norm" else "reset", certain=False)
 
 
 def _layer_repairs(flow: Flow, path: str, kind: str) -> Iterator[Repair]:

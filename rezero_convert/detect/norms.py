@@ -55,17 +55,28 @@ def _decide(flow: Flow, node: int, position: Position, readers: list[int], optio
         return _with(norm, "keep", f"{kind}-type norms stay")
     if readers:
         return _with(norm, "keep", "its output is also read outside the branch")
+    if _is_hooked(flow, path):
+        return _with(norm, "keep", "hooks are attached to it")
     if not path:
         return _functional(flow, node, norm)
     if flow.trace.model is None and frame is not None and frame.place.file != _file(flow):
         return _with(norm, "keep", f"its call is in another file, {frame.span}")
     attribute = code.callee(frame.place, frame.span) if frame is not None else None
     owned = attribute is not None and frame is not None and _same(flow, frame.owner, attribute, path)
-    if _is_fused(flow, node):
+    if facts.fused:
         return _with(norm, "unfuse", f"{kind}-type norm dropped, its activation stays", bias=_bias(flow, node, path))
     if owned and attribute is not None:
         return _with(norm, "bypass", f"{kind}-type norm dropped", attribute, _bias(flow, node, path))
     return _with(norm, "slot", f"{kind}-type norm dropped", "", _bias(flow, node, path))
+
+
+def _is_hooked(flow: Flow, path: str) -> bool:
+    """Whether the norm module does more than its class says: hooks run with it."""
+    module = _module(flow.trace.model, path) if flow.trace.model is not None and path else None
+    if module is None:
+        return False
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
 
 
 def _file(flow: Flow) -> str | None:
@@ -117,14 +128,6 @@ def _module(model: nn.Module, path: str) -> nn.Module | None:
         return model.get_submodule(path)
     except AttributeError:
         return None
-
-
-def _is_fused(flow: Flow, node: int) -> bool:
-    """Whether the norm module also applies an activation or dropout of its own."""
-    if flow.trace.model is None:
-        return flow.facts[node].fused
-    module = _module(flow.trace.model, path_of(flow, node))
-    return module is not None and any(not isinstance(child, nn.Identity) for child in module.children())
 
 
 def _bias(flow: Flow, node: int, path: str) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from torch import fx
+from torch import fx, nn
 
 from ..capture.facts import Facts, operation
 from ..capture.trace import Call, Trace, origin
@@ -65,6 +65,8 @@ def summaries(trace: Trace) -> Iterator[Summary]:
 
 def _classify(call: Call, nodes: list[fx.Node], end: fx.Node) -> Facts | None:
     """What the call is; None unless it is a norm or an activation."""
+    if call.facts.kind == "norm" and call.module is not None:
+        return replace(call.facts, fused=any(not isinstance(child, nn.Identity) for child in call.module.children()))
     if call.facts.kind in ("norm", "activation"):
         return call.facts
     work = [node for node in nodes if node.op != "get_attr"]
@@ -145,7 +147,3 @@ def _reduced_kind(node: fx.Node, entry: fx.Node) -> NormKind:
     if shape is not None and len(shape) == 4 and set(listed) in ({2, 3}, {-1, -2}):
         return "instance"
     return "layer"
-
-
-def with_type(facts: Facts, name: str) -> Facts:
-    return replace(facts, type=name)

@@ -56,7 +56,11 @@ def halves(flow: Flow, whole: Sum) -> Iterator[Sum]:
 def operands(flow: Flow, node: int) -> tuple[Term, ...]:
     """The two tensor operands of an add of floating-point tensors; empty for anything else."""
     target = flow.nodes[node]
-    if target.op not in ("call_function", "call_method") or flow.name(node) not in _ADDS or node in flow.steps:
+    if target.op not in ("call_function", "call_method") or node in flow.steps:
+        return ()
+    if flow.name(node) in ("addcmul", "lerp"):
+        return _fused(flow, node)
+    if flow.name(node) not in _ADDS:
         return ()
     places: list[tuple[int | str, object]] = [*enumerate(target.args[:2])]
     places += [(key, target.kwargs[key]) for key in ("input", "other") if key in target.kwargs]
@@ -66,6 +70,20 @@ def operands(flow: Flow, node: int) -> tuple[Term, ...]:
         if isinstance(value, fx.Node) and flow.index[value] in flow.inputs[node]
     )
     return terms if len(terms) == 2 else ()
+
+
+def _fused(flow: Flow, node: int) -> tuple[Term, ...]:
+    """`addcmul(x, f, g)` is x + f * g, `lerp(x, f, w)` is x + w * (f - x): the gate goes on one factor."""
+    target = flow.nodes[node]
+    given = [flow.index[value] if isinstance(value, fx.Node) else None for value in target.args[:3]]
+    if len(given) < 3 or given[0] is None:
+        return ()
+    skip = Term(given[0], node, 0)
+    if flow.name(node) == "lerp":
+        return (skip, Term(given[1], node, 2)) if given[1] is not None else ()
+    factors = [(value, place) for place, value in enumerate(given) if place and value is not None]
+    moving = [(value, place) for value, place in factors if not flow.constant[value]]
+    return (skip, Term(max(moving)[0], node, max(moving)[1])) if moving else ()
 
 
 def _is_inner(flow: Flow, node: int, adds: dict[int, tuple[Term, ...]]) -> bool:

@@ -23,7 +23,8 @@ class Jobs:
     dropped: tuple[tuple[int, str], ...]
     slots: tuple[tuple[int, str], ...]
     biases: tuple[tuple[int, str], ...]
-    repairs: tuple[tuple[int, str, str], ...]
+    repairs: tuple[tuple[int, str, str, bool], ...]
+    """Parameter, how, and whether it certainly starts at zero."""
 
 
 def collect(source: Source, plan: Plan, file: str) -> Jobs:
@@ -33,7 +34,7 @@ def collect(source: Source, plan: Plan, file: str) -> Jobs:
     dropped: dict[tuple[int, str], None] = {}
     slots: dict[tuple[int, str], None] = {}
     biases: dict[tuple[int, str], None] = {}
-    repairs: dict[tuple[int, str, str], None] = {}
+    repairs: dict[tuple[int, str, str], bool] = {}
     for site in sorted(plan.converted, key=lambda s: (s.span is None, s.span or Span("", 0, 0, 0, 0))):
         for gate in sorted(site.gates, key=lambda g: (g.at is None, g.at.span if g.at else Span("", 0, 0, 0, 0))):
             if gate.at is not None and gate.at.span.file == file and not gate.existing:
@@ -51,7 +52,8 @@ def collect(source: Source, plan: Plan, file: str) -> Jobs:
             _norm_jobs(source, site, norm, dropped, slots, biases)
         for repair in site.repairs if site.span is not None and site.span.file == file else ():
             index = _instance_class(source, site, repair.parameter)
-            repairs[index, _relative(site, repair.parameter), repair.how] = None
+            key = (index, _relative(site, repair.parameter), repair.how)
+            repairs[key] = repair.certain or repairs.get(key, False)
     return Jobs(
         tuple((index, gate, bound) for (index, _), (gate, bound) in gates.items()),
         tuple((index, gate) for (index, _), gate in existing.items()),
@@ -59,7 +61,7 @@ def collect(source: Source, plan: Plan, file: str) -> Jobs:
         tuple(dropped),
         tuple(slots),
         tuple(biases),
-        tuple(repairs),
+        tuple((*key, certain) for key, certain in repairs.items()),
     )
 
 

@@ -108,11 +108,11 @@ def _class_edits(source: Source, jobs: Jobs) -> tuple[list[Edit], list[str]]:
         leaves |= found
         edits += changed
         notes += said
-    for index, path, how in jobs.repairs:
+    for index, path, how, certain in jobs.repairs:
         found, changed, said = repair(source, source.classes[index], path, how, names)
         leaves |= found
         edits += changed
-        notes += said
+        notes += said if certain else []
     cuts, gone = remove(source, leaves)
     for family, chain in reads:
         check_reads(source, family, chain, gone)

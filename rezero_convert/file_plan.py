@@ -1,0 +1,131 @@
+"""The plan for a file: from its text alone, or from a run of a model that it defines, completed from its text."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import nn
+
+from . import sources
+from .capture import capture, static
+from .detect import detect
+from .errors import ConversionError
+from .plan import Options, Plan, Site, Span
+
+
+def written(text: str, file: str, options: Options) -> Plan:
+    """What the text says by itself; nothing is executed.
+
+    Raises:
+        ConversionError: the text has a syntax error.
+    """
+    sources.register(file, text)
+    plans = [detect(trace, options) for trace in static.traces(file)]
+    sites = _by_place((site for plan in plans for site in plan.sites), file)
+    notes = tuple(dict.fromkeys(note for plan in plans for note in plan.notes))
+    kept = tuple(dict.fromkeys(call for plan in plans for call in plan.kept_calls))
+    return Plan(sites, options, "static", sum(plan.scalars for plan in plans), notes, kept)
+
+
+def recorded(text: str, file: str, model: nn.Module, example_inputs: Any, options: Options) -> Plan:
+    """What a run of the model says, and for classes of the file of which the model has no instance, what their text says.
+
+    Raises:
+        ConversionError: the model cannot be captured, or instances that share a text were decided differently by a
+            pattern.
+    """
+    plan = detect(capture(model, example_inputs), options)
+    own = os.path.realpath(file)
+    here = [_in_file(site, file) for site in plan.sites if site.span and os.path.realpath(site.span.file) == own]
+    here = list(_agreed(here))
+    made = {base.__qualname__ for module in model.modules() for base in type(module).__mro__}
+    ran = {site.span for site in here}
+    found = written(text, file, options).sites
+    here = [_completed(site, found) for site in here]
+    rest = [site for site in found if site.span not in ran]
+    others = [_unreached(site) if site.place and site.place.cls in made else site for site in rest]
+    sites = sorted([*here, *(site for site in others if site is not None)], key=_by_span)
+    return dataclasses.replace(plan, sites=tuple(sites))
+
+
+def _by_span(site: Site) -> tuple[Span, str]:
+    assert site.span is not None
+    return site.span, site.path
+
+
+def _in_file(site: Site, file: str) -> Site:
+    """Checks that a finding can be carried out under the name that the file was given."""
+    if site.span is not None and site.span.file != file:
+        raise ConversionError(f"{file}: the model's classes were imported from {site.span.file}: give that name")
+    return site
+
+
+def _completed(site: Site, found: Iterable[Site]) -> Site:
+    """The finding with what its text does for models that are made otherwise: LayerScale or not, zero-initialised or not."""
+    same = next((one for one in found if one.span == site.span and one.path == ""), None)
+    if same is None or site.verdict != "converted":
+        return site
+    prefix = f"{site.path}." if site.path else ""
+    known = {repair.parameter for repair in site.repairs}
+    gone = {f"{norm.path}.weight" for norm in site.norms if norm.action != "keep"}
+    more = [dataclasses.replace(repair, parameter=prefix + repair.parameter) for repair in same.repairs]
+    conditional = {gate.at for gate in same.gates if gate.conditional and gate.at is not None}
+    gates = tuple(dataclasses.replace(gate, conditional=True) if gate.at in conditional else gate for gate in site.gates)
+    return dataclasses.replace(
+        site, gates=gates, repairs=(*site.repairs, *(repair for repair in more if repair.parameter not in known | gone))
+    )
+
+
+def _unreached(site: Site) -> Site | None:
+    """A block in the text of a class that has instances, but that the run did not come to."""
+    if site.verdict != "converted":
+        return None
+    reason = "a residual add that the run did not come to: pass inputs that run it"
+    bare = dataclasses.replace(site, gates=(), norms=(), activation=None, repairs=())
+    return dataclasses.replace(bare, verdict="not-executed", code="RZ140", reason=reason, calls=0)
+
+
+def _agreed(sites: list[Site]) -> Iterator[Site]:
+    """One text serves all instances: a block that is refused for one of them is refused for all.
+
+    Raises:
+        ConversionError: the one was excluded by the user's patterns.
+    """
+    refused: dict[Span, Site] = {}
+    done: dict[Span, Site] = {}
+    for site in sites:
+        if site.span is not None and site.verdict in ("refused", "long-skip", "interior"):
+            refused.setdefault(site.span, site)
+        elif site.span is not None and site.verdict == "converted":
+            done.setdefault(site.span, site)
+    for site in sites:
+        other = refused.get(site.span) if site.span is not None and site.verdict == "converted" else None
+        if other is None:
+            yield site
+            continue
+        if other.code == "RZ900":
+            raise ConversionError(
+                f"{site.span}: {other.path or 'the root'} is {other.reason}, {site.path or 'the root'} is not, but they "
+                "share this text"
+            )
+        reason = f"{other.path or 'the root'} shares this text with {site.path or 'the root'}, but cannot be gated: "
+        bare = dataclasses.replace(site, gates=(), norms=(), activation=None, repairs=(), form="")
+        yield dataclasses.replace(bare, verdict="refused", code="RZ917", reason=reason + other.reason)
+
+
+def _by_place(sites: Iterable[Site], file: str) -> tuple[Site, ...]:
+    """One site per add of the file: seen from its own class first, else from a class that holds it."""
+    best: dict[Any, Site] = {}
+    for site in sites:
+        if site.span is not None and site.span.file == file:
+            best[site.span] = min(best.get(site.span, site), site, key=_distance)
+    return tuple(best[span] for span in sorted(best))
+
+
+def _distance(site: Site) -> tuple[bool, bool, bool]:
+    """How far the context of a static finding is from its class; a block found from afar beats a refusal at home."""
+    own = site.place is not None and site.place.cls == site.cls
+    return site.verdict == "refused", site.path != "", not own

@@ -1,0 +1,350 @@
+"""The gated blocks of a model as a trace shows them, and what the graph alone tells of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..capture.trace import Trace, origin
+from ..detect import blocks as detected
+from ..detect import gates
+from ..detect.flow import Flow, flow
+from ..listing import compact, number
+from ..plan import Options, Plan, Site, Span
+from .results import Check
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """A gated branch."""
+
+    value: int
+    """Before its gate."""
+    product: int
+    """The multiplication by the gate."""
+    weights: tuple[str, ...]
+    """Last first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A gated block as found in a trace of the converted model."""
+
+    path: str
+    where: str
+    alphas: tuple[str, ...]
+    sum: int
+    output: int
+    shortcut: int
+    branches: tuple[Branch, ...]
+    inside: frozenset[int]
+    """The nodes of all branches."""
+    wrong: str
+    """What is wrong with the places of its gates."""
+    chosen: frozenset[str]
+    """The checks that need not hold: a norm or an activation behind the sum was kept, a zero init not undone."""
+
+
+@dataclass(slots=True)
+class Look:
+    """What is seen of the model in one mode."""
+
+    mode: str
+    flow: Flow
+    found: list[Block]
+    ungated: list[str]
+    checks: dict[int, list[Check]] = field(default_factory=dict)
+    """By the block's sum."""
+    outputs: list[Tensor] = field(default_factory=list)
+    """Of the run with real numbers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What is looked at."""
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    named: dict[str, nn.Parameter]
+    """The gates that the model is registered to have."""
+    sites: dict[str, list[Site]]
+    """What was planned, by gate."""
+    plans: tuple[tuple[str, Plan], ...]
+    """With the path of the module that holds it."""
+    preserved: frozenset[str]
+    """The gates whose blocks compute what they did before."""
+    options: Options
+
+    @property
+    def meta(self) -> bool:
+        return any(value.is_meta for value in [*self.model.parameters(), *self.model.buffers()])
+
+
+def parameter_at(model: nn.Module, name: str) -> nn.Parameter | None:
+    try:
+        return model.get_parameter(name)
+    except AttributeError:
+        return None
+
+
+def joined(*parts: str) -> str:
+    return ".".join(part for part in parts if part)
+
+
+def all_of(named: dict[str, nn.Parameter]) -> str:
+    return f"all {number(len(named), 'gate')}" if len(named) > 1 else number(len(named), "gate")
+
+
+def look_at(subject: Subject, mode: str, trace: Trace) -> Look:
+    """The gated blocks of a trace, and the paths of the modules with a block that has no gate at all."""
+    facts = flow(trace)
+    known = {id(parameter): name for name, parameter in subject.named.items()}
+    look = Look(mode, facts, [], [])
+    chosen, _, nested = detected.find(facts)
+    for block in [*chosen, *(one.block for one in nested)]:
+        found = [(branch, _known_gate(facts, branch, known)) for branch in block.branches]
+        own = [(branch, gate, name) for branch, pair in found if pair is not None for gate, name in [pair]]
+        if own:
+            look.found.append(_block(subject, facts, block, own))
+        elif block in chosen:
+            look.ungated.append(detected.owner_call(facts, block.sum.node).path)
+    return look
+
+
+def _known_gate(flow: Flow, branch: detected.Branch, known: dict[int, str]) -> tuple[gates.Found, str] | None:
+    """A branch's gate with its name, if registered; in a model without registration, any gate of one number."""
+    gate = gates.existing(flow, branch)
+    if gate is None or gate.kind == "input":
+        return None
+    parameter = gates.parameter(flow, gate.parameter)
+    if known:
+        return (gate, known[id(parameter)]) if id(parameter) in known else None
+    scalar = gate.kind == "scalar" and isinstance(parameter, nn.Parameter)
+    return (gate, gate.parameter) if scalar else None
+
+
+def _block(
+    subject: Subject, flow: Flow, block: detected.Block, own: list[tuple[detected.Branch, gates.Found, str]]
+) -> Block:
+    frames = flow.origin(block.sum.node).frames
+    span = frames[0].span if frames else None
+    site = _site(subject, [name for _, _, name in own], span)
+    kept = _keeps_tail(site) if site is not None else not subject.plans and subject.options.activation == "keep"
+    chosen = {"vjp"} if kept else set()
+    if any(name in subject.preserved for _, _, name in own):
+        chosen |= {"nonzero", "alive", "branch-alive"}
+    branches = tuple(
+        Branch(source, gate.node, tuple(_weights(flow, branch)))
+        for branch, gate, _ in own
+        for source in flow.inputs[gate.node]
+        if not flow.constant[source]
+    )
+    where = site.span if site is not None and site.span is not None else span
+    return Block(
+        path=frames[-1].owner or "" if frames else "",
+        where=str(where) if where is not None else "(no source)",
+        alphas=tuple(name for _, _, name in own),
+        sum=block.sum.node,
+        output=_output(flow, block.sum.node, site),
+        shortcut=block.shortcut.value,
+        branches=branches,
+        inside=frozenset(node for branch in block.branches for node in branch.region[1:]),
+        wrong=_misplaced(flow, block, own),
+        chosen=frozenset(chosen),
+    )
+
+
+def _site(subject: Subject, names: list[str], span: Span | None) -> Site | None:
+    """What was planned for a block: by its gates; of several adds with one gate, the nearest line."""
+    sites = [site for name in names for site in subject.sites.get(name, ())]
+    line = span.line if span is not None else 0
+    return min(sites, key=lambda site: abs(site.span.line - line) if site.span is not None else line, default=None)
+
+
+def _keeps_tail(site: Site) -> bool:
+    return (site.activation is not None and site.activation.action == "keep") or any(
+        norm.position == "post" and norm.action == "keep" for norm in site.norms
+    )
+
+
+def _weights(flow: Flow, branch: detected.Branch) -> Iterator[str]:
+    for node in reversed(branch.region[1:]):
+        if detected.has_weight(flow, node):
+            yield from _parameters_at(flow, node)
+
+
+def _parameters_at(flow: Flow, node: int) -> Iterator[str]:
+    """The matrices that a node multiplies by."""
+    target = flow.nodes[node]
+    if target.op == "call_module" and flow.trace.model is not None:
+        module = flow.trace.model.get_submodule(str(target.target))
+        yield from (f"{target.target}.{name}" for name, value in module.named_parameters() if value.dim() > 1)
+    else:
+        yield from (path for source in flow.inputs[node] if (path := flow.parameter(source)) is not None)
+
+
+def _output(flow: Flow, node: int, site: Site | None) -> int:
+    """The block's output: the sum, or the activation that its module applies to it, or its post-norm."""
+    call = detected.owner_call(flow, node)
+    post = {norm.path for norm in site.norms if norm.position == "post"} if site is not None else set()
+    while len(users := flow.users[node]) == 1:
+        step = flow.steps.get(users[0])
+        parent = step.parent if step is not None else flow.origin(users[0]).call
+        target = step.path if step is not None else str(flow.nodes[users[0]].target)
+        kind = flow.facts[users[0]].kind
+        own = parent is call if "" in post and step is None else False  # a functional norm has no path
+        known = own or any(path and (target == path or target.endswith(f".{path}")) for path in post)
+        if not ((kind == "activation" and parent is call) or (kind == "norm" and known)):
+            break
+        node = users[0]
+    return node
+
+
+def _misplaced(flow: Flow, block: detected.Block, own: list[tuple[detected.Branch, gates.Found, str]]) -> str:
+    if len(own) < len(block.branches):
+        return "a branch of the block has no gate"
+    known = {id(gates.parameter(flow, gate.parameter)): name for _, gate, name in own}
+    return "a gate scales the skip" if _gates_skip(flow, block, known) else ""
+
+
+def _gates_skip(flow: Flow, block: detected.Block, known: dict[int, str]) -> bool:
+    """Whether a gate scales the skip."""
+    for node in flow.region(block.skip, block.shortcut.value)[1:]:
+        stack = [source for source in flow.inputs[node] if flow.constant[source]]
+        while stack:
+            source = stack.pop()
+            path = flow.parameter(source)
+            if path is not None and id(gates.parameter(flow, path)) in known:
+                return True
+            stack += flow.inputs[source]
+    return False
+
+
+def plain_gates(flow: Flow) -> Iterator[str]:
+    """Blocks whose branch is scaled by a tensor of one number that is neither a parameter nor a buffer."""
+    for block in detected.find(flow)[0]:
+        for branch in block.branches:
+            product = branch.term.value
+            factors = flow.inputs[product] if flow.name(product) == "mul" else ()
+            for factor in factors:
+                path, shape = flow.parameter(factor), flow.shape(factor)
+                if path is not None and path.startswith("_constant_") and torch.Size(shape or ()).numel() == 1:
+                    owner = detected.owner_call(flow, block.sum.node).path
+                    yield f"the tensor that scales the branch of {owner or 'the model'}"
+
+
+def trainable(subject: Subject, notes: list[str]) -> Iterator[Check]:
+    frozen = [name for name, parameter in subject.named.items() if not parameter.requires_grad]
+    if not any(parameter.requires_grad for parameter in subject.model.parameters()):
+        notes.append("all parameters are frozen, the gates too")
+        return
+    reused = {name for name in frozen for site in subject.sites.get(name, ()) if _is_reused(site, name)}
+    if reused:
+        notes.append(f"frozen gates that were in the model before: {compact(sorted(reused))}")
+    stuck = [name for name in frozen if name not in reused]
+    yield Check("trainable", "structure", not stuck, several("is frozen", stuck) or all_of(subject.named))
+
+
+def _is_reused(site: Site, name: str) -> bool:
+    return any(gate.existing and name.endswith(gate.alpha) for gate in site.gates)
+
+
+def structure(subject: Subject, look: Look, looks: list[Look], notes: list[str]) -> Iterator[Check]:
+    """What the graph alone tells: gates read, dropped norms gone."""
+    gating = {name for block in look.found for name in block.alphas}
+    elsewhere = {name for other in looks for block in other.found for name in block.alphas}
+    ran = _ran(look)
+    unread = sorted(name for name in subject.named if name not in gating)
+    skipped = [name for name in unread if name in elsewhere and not _owners(name) & ran]
+    if skipped:  # layer drop, auxiliary heads
+        notes.append(f"modules that did not run in {look.mode} mode: gates {compact(skipped)} not checked there")
+    unread = [name for name in unread if name not in skipped]
+    yield Check("read", look.mode, not unread, several("gates no branch", unread) or all_of(subject.named))
+    if not subject.plans:
+        return
+    left = _left_norms(subject, look)
+    dropped = len({norm.path for _, plan in subject.plans for site in plan.converted for norm in site.norms
+                   if norm.action != "keep"})  # fmt: skip
+    yield Check("norm-gone", look.mode, not left, several("was to go but runs", left) or number(dropped, "norm"))
+
+
+def _ran(look: Look) -> set[str]:
+    """The paths of the modules whose code ran."""
+    frames = {frame.owner for node in look.flow.nodes for frame in origin(node).frames if frame.owner is not None}
+    return frames | {call.path for call in look.flow.trace.calls[1:]}
+
+
+def _owners(name: str) -> set[str]:
+    """The module that holds a gate, and those around it but the root: a gate may lie below the add's owner."""
+    parts = name.split(".")[:-1]
+    return {".".join(parts)} if parts else {""}
+
+
+def _left_norms(subject: Subject, look: Look) -> list[str]:
+    """The norms that the plan dropped and that run all the same."""
+    called = {call.path: call.facts.norm is not None for call in look.flow.trace.calls}
+    for node in look.flow.nodes:
+        if node.op == "call_module":
+            called[str(node.target)] = origin(node).facts.norm is not None
+    left = []
+    for prefix, plan in subject.plans:
+        for site in plan.converted:
+            for norm in site.norms:
+                path = joined(prefix, norm.path) if norm.path else ""
+                if norm.action == "keep" or path not in called or not path:
+                    continue
+                own = module_at(subject.model, path)
+                if called[path] or (norm.action == "bypass" and not isinstance(own, nn.Identity)):
+                    left.append(path)
+    return sorted(set(left))
+
+
+def module_at(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def several(text: str, names: list[str]) -> str:
+    if not names:
+        return ""
+    return f"{compact(names, limit=3)} {text}"
+
+
+def asleep_gates(subject: Subject, look: Look, notes: list[str]) -> tuple[str, ...]:
+    """The gates whose way to the model's outputs passes the branch of another gate."""
+    awake = cone(look, look.flow.trace.root.outputs, sealed=True)
+    connected = cone(look, look.flow.trace.root.outputs, sealed=False)
+    products = [
+        (name, branch.product)
+        for block in look.found
+        for name, branch in zip(block.alphas, block.branches, strict=False)
+    ]
+    names = {name for name, product in products if product in awake}
+    some = {name for name, product in products if product in connected}
+    useless = [name for name, _ in products if name not in some]
+    if useless:
+        notes.append(f"gates that no output depends on: {compact(dict.fromkeys(useless))}")
+    return tuple(dict.fromkeys(name for name, _ in products if name in some and name not in names))
+
+
+def cone(look: Look, ends: Iterable[fx.Node], *, sealed: bool) -> set[int]:
+    """The nodes that `ends` depend on in any way; with `sealed`, not counting ways through a gated branch."""
+    index = look.flow.index
+    cut = {(branch.product, branch.value) for block in look.found for branch in block.branches} if sealed else set()
+    seen = {index[node] for node in ends if node in index}
+    stack = list(seen)
+    while stack:
+        node = stack.pop()
+        for source in look.flow.nodes[node].all_input_nodes:
+            number_ = index[source]
+            if number_ not in seen and (node, number_) not in cut:
+                seen.add(number_)
+                stack.append(number_)
+    return seen

@@ -1,0 +1,227 @@
+"""The checks that need a run with real numbers, with all gates at 0."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from ..capture.recorded import one_line, record_on, replay
+from ..errors import ConversionError
+from ..listing import compact
+from .looks import (
+    Block,
+    Branch,
+    Look,
+    Subject,
+    look_at,
+    parameter_at,
+    several,
+)
+from .results import Check
+from .running import SEED
+
+_RETRIES = 8  # stochastic depth may silence a whole branch in one run
+
+
+@dataclass(slots=True)
+class _Observed:
+    """What one run showed, by node."""
+
+    outputs: list[Tensor] = field(default_factory=list)
+    edges: dict[int, GradientEdge] = field(default_factory=dict)
+    likes: dict[int, tuple[torch.Size, torch.dtype, torch.device]] = field(default_factory=dict)
+    equal: dict[int, bool] = field(default_factory=dict)
+    finite: dict[int, bool] = field(default_factory=dict)
+    nonzero: dict[int, bool] = field(default_factory=dict)
+
+    def cotangent(self, node: int) -> Tensor:
+        shape, dtype, device = self.likes[node]
+        return torch.randn(shape, dtype=dtype, device=device)
+
+
+def with_numbers(subject: Subject, look: Look, notes: list[str]) -> Look | None:
+    """The look with its blocks' checks; on real tensors the model may have gone another way than in the trace."""
+    try:
+        with gates_at_zero(subject.named.values()):
+            try:
+                return _measure(subject, look, notes)
+            except ConversionError:  # on fake tensors transformers skips some of its branches
+                training = look.mode == "train"
+                trace = record_on("real", subject.model, subject.args, subject.kwargs, training=training)
+                return _measure(subject, look_at(subject, look.mode, trace), notes)
+    except Exception as error:  # whatever the model raises
+        said = str(error) if isinstance(error, ConversionError) else one_line(error)
+        if look.mode == "eval":
+            raise ConversionError(f"the model raised on the example inputs: {said}") from error
+        notes.append(f"not checked in train mode, where the model does not run: {said}")
+        return None
+
+
+def _measure(subject: Subject, look: Look, notes: list[str]) -> Look:
+    seen = _run(subject, look)
+    look.checks = {block.sum: list(_at_zero(subject, block, seen, look.mode)) for block in look.found}
+    blind = [block.path for block in look.found if block.output in seen.edges and block.shortcut not in seen.edges]
+    if blind:
+        notes.append(f"the gradient through the block was not checked, the skip has none: {compact(blind)}")
+    look.outputs = seen.outputs
+    del seen  # the run's activations
+    if look.mode == "train":
+        _retry(subject, look)
+    return look
+
+
+def _retry(subject: Subject, look: Look) -> None:
+    """Measure again what stochastic depth may have silenced in one run: alive once is alive."""
+    mortal = ("nonzero", "alive", "branch-alive")
+    for seed in range(SEED + 1, SEED + 1 + _RETRIES):
+        dead = {c.name for checks in look.checks.values() for c in checks if not c.ok and c.name in mortal}
+        silent = [block for block in look.found if any(not c.ok and c.name in mortal for c in look.checks[block.sum])]
+        if not dead or not all(_is_random(look, block) for block in silent):
+            return
+        try:
+            seen = _run(subject, look, seed)
+        except ConversionError:  # it goes another way: layers are dropped at random
+            return
+        for block in silent:
+            again = {check.name: check for check in _at_zero(subject, block, seen, look.mode)}
+            look.checks[block.sum] = [
+                again[check.name] if check.name in mortal and check.name in again and not check.ok else check
+                for check in look.checks[block.sum]
+            ]
+        del seen
+
+
+def _is_random(look: Look, block: Block) -> bool:
+    """Whether a branch draws random numbers: dropout, stochastic depth."""
+    nodes = _cone_inside(look, block)
+    return any(look.flow.facts[node].kind == "dropout" or look.flow.name(node) in _RANDOM for node in nodes)
+
+
+_RANDOM = frozenset(
+    {"bernoulli", "rand", "rand_like", "randn", "randn_like", "new_empty", "empty", "uniform", "normal"}
+)
+
+
+def _cone_inside(look: Look, block: Block) -> set[int]:
+    """The nodes of the branches, with what is computed for them from no input."""
+    seen = set(block.inside)
+    stack = list(seen)
+    while stack:
+        for source in look.flow.nodes[stack.pop()].all_input_nodes:
+            position = look.flow.index[source]
+            if position > block.shortcut and position not in seen:
+                seen.add(position)
+                stack.append(position)
+    return seen
+
+
+@contextmanager
+def gates_at_zero(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Set gates to 0, able to get a gradient; and put back what was there."""
+    saved = [(parameter, parameter.detach().clone(), parameter.requires_grad) for parameter in parameters]
+    try:
+        with torch.no_grad():
+            for parameter, _, _ in saved:
+                parameter.requires_grad_(True)
+                parameter.zero_()
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value, required in saved:
+                parameter.copy_(value)
+                parameter.requires_grad_(required)
+
+
+def _run(subject: Subject, look: Look, seed: int = SEED) -> _Observed:
+    """One run with gradients, watching the nodes that matter."""
+    torch.manual_seed(seed)
+    try:
+        return _watch(subject, look, mark=True)
+    except RuntimeError:  # an input that is overwritten in place must not require a gradient
+        torch.manual_seed(seed)
+        return _watch(subject, look, mark=False)
+
+
+def _watch(subject: Subject, look: Look, *, mark: bool) -> _Observed:
+    seen = _Observed()
+    last: dict[int, int] = {}
+    sums: dict[int, list[int]] = {}
+    for block in look.found:
+        last[block.shortcut] = max(block.sum, last.get(block.shortcut, 0))
+        sums.setdefault(block.sum, []).append(block.shortcut)
+    branches = {branch.value for block in look.found for branch in block.branches}
+    edges = {node for block in look.found for node in (block.sum, block.output, block.shortcut)} | branches
+    skips: dict[int, Tensor] = {}
+
+    def observe(index: int, node: fx.Node, value: Tensor) -> None:
+        if index in last and mark and not value.requires_grad and value.is_floating_point():
+            value.requires_grad_()
+        if index in edges:
+            seen.likes[index] = (value.shape, value.dtype, value.device)
+            if value.requires_grad:
+                seen.edges[index] = get_gradient_edge(value)
+        plain = value.detach()
+        for shortcut in sums.get(index, ()):
+            skip = skips[shortcut] if shortcut in skips else plain[:0]
+            seen.equal[index] = skip.shape == plain.shape and torch.equal(plain, skip)
+            if last[shortcut] == index:
+                del skips[shortcut]
+        if index in last:
+            skips[index] = plain.clone()  # it may be overwritten before the sum
+        if index in branches:
+            seen.finite[index] = bool(plain.isfinite().all())
+            seen.nonzero[index] = bool(plain.any())
+
+    training = look.mode == "train"
+    outputs = replay(subject.model, subject.args, subject.kwargs, look.flow.trace, observe, training=training)
+    seen.outputs = [output.detach() for output in outputs]
+    return seen
+
+
+def _at_zero(subject: Subject, block: Block, seen: _Observed, mode: str) -> Iterator[Check]:
+    values = [branch.value for branch in block.branches]
+    yield Check("identity", mode, seen.equal.get(block.sum, False), "the sum differs from the skip")
+    yield Check("finite", mode, all(seen.finite.get(node, False) for node in values), "the branch is not finite")
+    yield Check("nonzero", mode, all(seen.nonzero.get(node, False) for node in values), "the branch is zero")
+    output = seen.edges.get(block.output)
+    if output is None:
+        yield Check("alive", mode, False, f"{', '.join(block.alphas)} gets no gradient: the block's output has none")
+        return
+    if block.shortcut in seen.edges:
+        cotangent = seen.cotangent(block.output)
+        (back,) = _grads(output, [seen.edges[block.shortcut]], cotangent)
+        same = back is not None and torch.equal(back, cotangent)
+        yield Check("vjp", mode, same, "the gradient passing back through the block is not the one coming in")
+    grads = _grads(seen.edges[block.sum], [subject.named[name] for name in block.alphas], seen.cotangent(block.sum))
+    dead = [name for name, grad in zip(block.alphas, grads, strict=True) if grad is None or not bool(grad.any())]
+    yield Check("alive", mode, not dead, several("gets no gradient", dead))
+    still = [branch for branch in block.branches if not _has_live_weight(subject.model, branch, seen)]
+    yield Check("branch-alive", mode, not still, "no weight of the branch gets a gradient from it")
+
+
+def _has_live_weight(model: nn.Module, branch: Branch, seen: _Observed) -> bool:
+    """Whether a weight gets a gradient from its branch; true of a branch with frozen weights only."""
+    own = [
+        weight for name in branch.weights if (weight := parameter_at(model, name)) is not None and weight.requires_grad
+    ]
+    edge = seen.edges.get(branch.value)
+    if not own:
+        return True
+    if edge is None:
+        return False
+    cotangent = seen.cotangent(branch.value)
+    grads = (_grads(edge, [weight], cotangent)[0] for weight in own)  # the last layer's mostly answers
+    return any(grad is not None and bool(grad.any()) for grad in grads)
+
+
+def _grads(edge: GradientEdge, inputs: list[Any], cotangent: Tensor) -> tuple[Tensor | None, ...]:
+    found: tuple[Tensor | None, ...] = torch.autograd.grad(
+        edge, inputs, cotangent, retain_graph=True, allow_unused=True
+    )
+    return found

@@ -1,0 +1,154 @@
+"""The validation of a converted model as a whole: both modes, all blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..capture import check_model
+from ..capture.guard import untouched
+from ..capture.inputs import resolve_inputs
+from ..capture.recorded import record
+from ..errors import ConversionError
+from ..listing import compact, number
+from ..plan import Options, Site
+from ..rewrite import modules
+from .looks import (
+    Look,
+    Subject,
+    all_of,
+    asleep_gates,
+    joined,
+    look_at,
+    parameter_at,
+    plain_gates,
+    several,
+    structure,
+    trainable,
+)
+from .measured import with_numbers
+from .results import BlockResult, Check, Validation
+from .running import SEED
+from .sealed import seals
+
+
+def validate(model: nn.Module, example_inputs: Any = None, *, options: Options | None = None) -> Validation:
+    """Check a converted model, block by block; works at any value of the gates, and leaves the model as it was.
+
+    Args:
+        model: converted by `convert`, from a converted file, or hand-written with gates of one number.
+        example_inputs: as for `convert`.
+        options: what the conversion was asked for, where the model holds no record of it (a converted file).
+
+    Returns:
+        The result; `.ok` is relative to the plan: what was kept by choice does not count as a failure.
+
+    Raises:
+        ConversionError: the model cannot be captured, or has no gate at all.
+    """
+    check_model(model)
+    args, kwargs = resolve_inputs(model, example_inputs)
+    plans = tuple((path, plan) for path, module in model.named_modules() if (plan := modules.record(module)))
+    sites: dict[str, list[Site]] = {}
+    for prefix, plan in plans:
+        for site in plan.converted:
+            for gate in site.gates:
+                sites.setdefault(joined(prefix, site.path, gate.alpha), []).append(site)
+    registered, broken = _registered(model, sites)
+    options = options or Options()
+    same = dict.fromkeys(registered, options.preserve) if not plans else {}
+    same |= {
+        joined(prefix, site.path, gate.alpha): plan.options.preserve
+        for prefix, plan in plans
+        for site in plan.converted
+        for gate in site.gates
+    }
+    preserved = frozenset(name for name, preserve in same.items() if preserve)
+    subject = Subject(model, args, kwargs, registered, sites, plans, preserved, options)
+    with untouched(model):  # the random states among others
+        torch.manual_seed(SEED)
+        return _validated(subject, broken)
+
+
+def _registered(model: nn.Module, planned: Iterable[str]) -> tuple[dict[str, nn.Parameter], list[str]]:
+    """The gates by name, each parameter once; and the names that are to be gates but are no parameters."""
+    names = [
+        joined(prefix, name)
+        for prefix, module in model.named_modules()
+        for name in module.__dict__.get("rezero_gates", ())
+    ]
+    found: dict[str, nn.Parameter] = {}
+    broken: list[str] = []
+    seen: set[int] = set()
+    for name in dict.fromkeys([*names, *planned]):
+        parameter = parameter_at(model, name)
+        if parameter is None:
+            broken.append(name)
+        elif id(parameter) not in seen:
+            seen.add(id(parameter))
+            found[name] = parameter
+    return found, broken
+
+
+def _validated(subject: Subject, broken: list[str]) -> Validation:
+    looks: list[Look] = []
+    notes: list[str] = []
+    for mode in ("eval", "train"):
+        try:
+            looks.append(
+                look_at(subject, mode, record(subject.model, subject.args, subject.kwargs, training=mode == "train"))
+            )
+        except ConversionError as error:
+            if mode == "eval":
+                raise
+            notes.append(f"not checked in train mode, where the model does not run: {error}")
+    plain = sorted({name for look in looks for name in plain_gates(look.flow)}) if not subject.plans else []
+    broken += plain
+    if not subject.named:  # hand-written
+        names = dict.fromkeys(name for look in looks for block in look.found for name in block.alphas)
+        subject = replace(subject, named={name: subject.model.get_parameter(name) for name in names})
+    if not (subject.named or broken):
+        raise ConversionError(
+            f"{type(subject.model).__qualname__}: there is no gate to validate: convert the model first"
+        )
+    checks = [
+        Check("registered", "structure", not broken, several("is not a parameter", broken) or all_of(subject.named))
+    ]
+    checks += trainable(subject, notes)
+    asleep: tuple[str, ...] = ()
+    if subject.meta:
+        notes.append("on meta tensors only the structure can be checked")
+    else:
+        looks = [measured for look in looks if (measured := with_numbers(subject, look, notes)) is not None]
+    for look in looks:
+        checks += structure(subject, look, looks, notes)
+        if look.mode == "eval":
+            asleep = asleep_gates(subject, look, notes)
+            if not subject.meta and look.found:
+                checks += seals(subject, look, notes)
+    missing = dict.fromkeys(path for look in looks for path in look.ungated)
+    if missing and not subject.plans:
+        notes.append(f"{number(len(missing), 'residual block')} without a gate: {compact(missing)}")
+    return Validation(
+        type(subject.model).__qualname__, _results(looks), tuple(checks), asleep, tuple(dict.fromkeys(notes))
+    )
+
+
+def _results(looks: list[Look]) -> tuple[BlockResult, ...]:
+    """The blocks of both modes; of a module that runs twice, every check must hold both times."""
+    blocks: dict[tuple[str, tuple[str, ...], str], dict[tuple[str, str], Check]] = {}
+    for look in looks:
+        for block in look.found:
+            checks = blocks.setdefault((block.path, block.alphas, block.where), {})
+            gated = Check("gated", look.mode, not block.wrong, block.wrong)
+            silent = any(check.name == "nonzero" and not check.ok for check in look.checks.get(block.sum, ()))
+            for check in (gated, *look.checks.get(block.sum, ())):
+                key = (check.name, check.mode)
+                if key not in checks or (checks[key].ok and not check.ok):
+                    chosen = not check.ok and check.name in block.chosen and (silent or check.name == "vjp")
+                    checks[key] = replace(check, detail="" if check.ok else check.detail, choice=chosen)
+    return tuple(BlockResult(*key, tuple(checks.values())) for key, checks in blocks.items())

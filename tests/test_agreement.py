@@ -1,0 +1,213 @@
+"""Oracle 4: a rewritten file and the live route make the same model of it. Both routes of the command line, on examples
+and on copies of installed files; what they wrote is imported in a process that has seen nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from torch import nn
+
+import rezero_convert as rz
+from rezero_convert import cli, targets
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))), "OMP_NUM_THREADS": "1"}
+
+
+@dataclass(frozen=True)
+class File:
+    """A file, a model of it with inputs, and how many alphas that has by its configuration."""
+
+    module: str
+    model: str
+    inputs: str
+    alphas: int
+    setup: str = ""
+    exact: bool = True
+
+
+_TEXT = "hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=99"
+_IDS = "{'input_ids': torch.randint(99, (2, 8))}"
+_IMAGE = "torch.randn(2, 3, 64, 64)"
+FILES = (
+    File("examples/gpt.py", "GPT(GPTConfig(9, 8, 2, 2, 16))", "torch.randint(9, (2, 8))", 2 * 2),
+    File("examples/resnet.py", "ResNet(BasicBlock, (1, 2))", "torch.randn(2, 3, 32, 32)", 3),
+    File("examples/resnet.py", "ResNet(Bottleneck, (1, 2))", "torch.randn(2, 3, 32, 32)", 3, exact=False),
+    File("examples/encoder.py", "EncoderLayer(16, 2, 32)", "torch.randn(2, 5, 16)", 2),
+    File("torchvision.models.resnet", "ResNet(BasicBlock, [2, 1, 1, 1], num_classes=7)", _IMAGE, 5),
+    File(
+        "torchvision.models.resnet",
+        "ResNet(Bottleneck, [1, 1, 1, 1], num_classes=7, zero_init_residual=True)",
+        _IMAGE,
+        4,
+        exact=False,
+    ),
+    File("torchvision.models.convnext", "ConvNeXt([CNBlockConfig(16, 32, 1), CNBlockConfig(32, None, 2)])", _IMAGE, 3),
+    File("torchvision.models.vision_transformer", "VisionTransformer(64, 32, 2, 2, 32, 64)", _IMAGE, 2 * 2),
+    File(
+        "timm.models.vision_transformer",
+        "VisionTransformer(img_size=64, patch_size=32, embed_dim=32, depth=2, num_heads=2)",
+        _IMAGE,
+        2 * 2,
+    ),
+    File(
+        "timm.models.swin_transformer_v2",
+        "SwinTransformerV2(img_size=64, window_size=4, embed_dim=16, depths=(1, 2), num_heads=(2, 2))",
+        _IMAGE,
+        2 * 3,
+    ),
+    File("transformers.models.gpt2.modeling_gpt2", f"GPT2LMHeadModel(GPT2Config({_TEXT}))", _IDS, 2 * 2),
+    File("transformers.models.llama.modeling_llama", f"LlamaForCausalLM(LlamaConfig({_TEXT}))", _IDS, 2 * 2),
+    File("transformers.models.bert.modeling_bert", f"BertModel(BertConfig({_TEXT}))", _IDS, 2 * 2),
+)
+
+
+def _name(case: Any) -> str | None:
+    return f"{case.module} {case.model.partition(',')[0]}" if isinstance(case, File) else None
+
+
+def original(case: File) -> Path:
+    if case.module.endswith(".py"):
+        return ROOT / case.module
+    package = __import__(case.module.partition(".")[0])
+    return Path(str(package.__file__)).parent.joinpath(*case.module.split(".")[1:]).with_suffix(".py")
+
+
+def gradients(model: nn.Module, inputs: Any) -> dict[str, torch.Tensor]:
+    """Output and gradients, in eval mode."""
+    output = zoo.call(model.eval(), inputs)
+    (output * torch.randn(output.shape, generator=torch.Generator().manual_seed(2))).sum().backward()
+    grads = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+    return {"output": output.detach(), **grads}
+
+
+def zeros(model: nn.Module) -> list[str]:
+    """Parameters that are all zero: the start values that matter here, and the same for every seed."""
+    return sorted(name for name, value in model.named_parameters() if not value.any())
+
+
+def fresh(request: str) -> None:
+    """Runs in the fresh process: build the model from the rewritten text, give it the live route's weights."""
+    asked = json.loads(request)
+    torch.manual_seed(0)
+    namespace = vars(targets.load(Path(asked["file"]), Path(asked["text"])))
+    assert namespace["__file__"] == asked["text"]
+    model = targets.model_of("--model", asked["model"], namespace)
+    told = torch.load(asked["live"])
+    start = zeros(model)
+    alphas = [name for name, value in model.named_parameters() if name in told["alphas"] and not value.any()]
+    model.load_state_dict(told["state"])  # strict: the same names
+    torch.save({"zeros": start, "alphas": alphas, "found": gradients(model, told["inputs"])}, asked["to"])
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The live route's model of a case, made once: alphas random, weights and gradients in a file."""
+    made: dict[File, Path] = {}
+
+    def build(case: File) -> Path:
+        if case not in made:
+            torch.manual_seed(0)
+            namespace = vars(targets.load(original(case)))
+            model = targets.model_of("--model", case.model, namespace)
+            inputs = targets.evaluate("--inputs", case.inputs, namespace)
+            converted = rz.convert(model, inputs, verify=False)
+            alphas = dict(rz.alphas(converted))
+            assert len(alphas) == case.alphas
+            start = zeros(converted)
+            for alpha in alphas.values():
+                nn.init.normal_(alpha)
+            made[case] = tmp_path_factory.mktemp("live") / "live.pt"
+            torch.save(
+                {
+                    "alphas": list(alphas),
+                    "state": converted.state_dict(),
+                    "inputs": inputs,
+                    "zeros": start,
+                    "found": gradients(converted, inputs),
+                },
+                made[case],
+            )
+        return made[case]
+
+    return build
+
+
+def agrees(case: File, text: Path, live: Path) -> None:
+    request = {"file": str(original(case)), "text": str(text), "model": case.model, "live": str(live)}
+    request["to"] = str(text.with_suffix(".pt"))
+    code = "import conftest, test_agreement, sys; test_agreement.fresh(sys.argv[1])"
+    run = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(request)], env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    told, answer = torch.load(live), torch.load(request["to"])
+    assert answer["zeros"] == told["zeros"]
+    assert set(answer["alphas"]) == set(told["alphas"])
+    assert answer["found"].keys() == told["found"].keys()
+    for name, expected in told["found"].items():
+        torch.testing.assert_close(answer["found"][name], expected, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def convert(case: File, folder: Path, *options: str) -> Path:
+    """A copy of the file, changed by the command line."""
+    copy = folder / original(case).name
+    copy.write_bytes(original(case).read_bytes())
+    assert cli.main([str(copy), "--write", "--quiet", *options]) == 0
+    assert copy.read_bytes() != original(case).read_bytes()
+    return copy
+
+
+@pytest.mark.parametrize("case", FILES, ids=_name)
+def test_the_static_route_agrees_with_the_live_one(case: File, tmp_path: Path, built: Any) -> None:
+    text = convert(case, tmp_path)
+    agrees(case, text, built(case))
+    assert cli.main([str(text), "--check", "--quiet"]) == 0  # a second run has nothing to do
+
+
+@pytest.mark.parametrize("case", [case for case in FILES if case.exact], ids=_name)
+def test_the_exact_route_writes_the_same_file(case: File, tmp_path: Path, built: Any) -> None:
+    exact = ["--model", case.model, "--inputs", case.inputs]
+    static, recorded = tmp_path / "static", tmp_path / "recorded"
+    static.mkdir()
+    recorded.mkdir()
+    command = [sys.executable, "-c", "import conftest, sys; from rezero_convert.cli import main; sys.exit(main())"]
+
+    def run(*options: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *options], env=ENVIRONMENT, capture_output=True, text=True, check=False)
+
+    copy = recorded / original(case).name
+    copy.write_bytes(original(case).read_bytes())
+    first = run(str(copy), "--write", *exact)
+    assert first.returncode == 0, first.stderr
+    assert "imported in a fresh process" in first.stderr
+    if copy.read_text() != convert(case, static).read_text():
+        agrees(case, copy, built(case))  # what only the run could tell
+    second = run(str(copy), "--check", *exact)
+    assert second.returncode == 0, second.stderr
+    assert "nothing to rewrite" in second.stderr
+
+
+def test_the_comparison_notices_a_wrong_file(tmp_path: Path, built: Any) -> None:
+    case = FILES[0]
+    text = convert(case, tmp_path)
+    right = text.read_text()
+    for old, new in (
+        ("self.alpha_mlp * self.mlp(x)", "self.alpha_attn * self.mlp(x)"),
+        ("x + self.alpha_attn * self.attn(x)", "self.alpha_attn * x + self.attn(x)"),
+        ("alpha_mlp", "alpha_fc"),
+        ("torch.zeros(1)", "torch.ones(1)"),
+    ):
+        assert old in right
+        text.write_text(right.replace(old, new))
+        with pytest.raises(AssertionError):
+            agrees(case, text, built(case))
