@@ -71,8 +71,8 @@ def convert(
     plan = detect(capture(model, example_inputs), settings)
     if not plan.converted:
         warnings.warn(_nothing(plan), NoEffectWarning, stacklevel=2)
-        return model if inplace else copy.deepcopy(model)
-    result = model if inplace else copy.deepcopy(model)
+        return model if inplace else _copy(model)
+    result = model if inplace else _copy(model)
     with modules.rewrite(result, plan) as undo:
         if verify:
             check = validate(result, example_inputs)
@@ -99,13 +99,21 @@ def unconvert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Raises:
         ConversionError: a class was derived from a converted one. The given model is then as it was.
     """
-    result = model if inplace else copy.deepcopy(model)
+    result = model if inplace else _copy(model)
     if not restore.is_converted(result):
         warnings.warn("nothing to undo: no module of the model is converted", NoEffectWarning, stacklevel=2)
     left = restore.restore(result)
     if left:
         warnings.warn(f"not as before the conversion: {'; '.join(left)}", UserWarning, stacklevel=2)
     return result
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        name = type(model).__qualname__
+        raise ConversionError(f"{name} cannot be copied ({one_line(error)}); pass inplace=True") from error
 
 
 @dataclass(frozen=True, slots=True)

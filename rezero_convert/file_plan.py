@@ -44,7 +44,8 @@ def recorded(text: str, file: str, model: nn.Module, example_inputs: Any, option
     made = {base.__qualname__ for module in model.modules() for base in type(module).__mro__}
     ran = {site.span for site in here}
     found = written(text, file, options).sites
-    here = [_completed(site, found) for site in here]
+    by_span = {site.span: site for site in found if site.verdict == "converted"}
+    here = [_completed(site, by_span.get(site.span)) for site in here]
     rest = [site for site in found if site.span not in ran]
     others = [_unreached(site) if site.place and site.place.cls in made else site for site in rest]
     sites = sorted([*here, *(site for site in others if site is not None)], key=_by_span)
@@ -63,10 +64,11 @@ def _in_file(site: Site, file: str) -> Site:
     return site
 
 
-def _completed(site: Site, found: Iterable[Site]) -> Site:
+def _completed(site: Site, same: Site | None) -> Site:
     """The finding with what its text does for models that are made otherwise: LayerScale or not, zero-initialised or not."""
-    same = next((one for one in found if one.span == site.span and one.path == ""), None)
-    if same is None or site.verdict != "converted":
+    if same is not None and site.calls == 0 and site.gates:
+        return same  # the other arm of a condition: what it needs there, its text tells better than the one that ran
+    if same is None or same.path or site.verdict != "converted":
         return site
     prefix = f"{site.path}." if site.path else ""
     known = {repair.parameter for repair in site.repairs}

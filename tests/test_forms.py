@@ -96,7 +96,7 @@ class Augmented(Sum):
 class AugmentedSkip(Sum):
     def forward(self, x: Tensor) -> Tensor:
         x = x.clone()
-        y = self.f(x)
+        y = self.f(x.clone())
         x += y
         return x
 
@@ -156,7 +156,7 @@ class Minus(Sum):
 class AugmentedMinus(Sum):
     def forward(self, x: Tensor) -> Tensor:
         x = x.clone()
-        x -= self.f(x)
+        x -= self.f(x.clone())
         return x
 
 
@@ -1171,9 +1171,9 @@ def test_exclusive_arms_on_one_child_share_the_alpha() -> None:
     x = vectors()
     found = plan(Arms(), x)
     assert {site.verdict for site in found.sites} == {"converted", "not-executed"}
-    assert {site.gates[0].alpha for site in found.edited} == {"alpha"}
+    assert {site.gates[0].alpha for site in found.edited} == {"alpha_b"}
     model = rz.convert(Arms(), x)
-    assert [name for name, _ in rz.alphas(model)] == ["alpha"]
+    assert [name for name, _ in rz.alphas(model)] == ["alpha_b"]
     assert torch.equal(model.train()(x), x)
     assert torch.equal(model.eval()(x), x)
 

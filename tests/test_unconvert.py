@@ -147,7 +147,7 @@ def test_a_class_derived_from_a_converted_one_is_refused_and_nothing_changes() -
 
     object.__setattr__(converted[1], "__class__", Mine)
     before = layout(converted)
-    with pytest.raises(rz.ConversionError, match="1: .*Mine is derived from a converted class"):
+    with pytest.raises(rz.ConversionError, match=r"1: .*Mine is derived from a converted class"):
         rz.unconvert(converted, inplace=True)
     assert layout(converted) == before
 

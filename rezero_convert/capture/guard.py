@@ -17,9 +17,9 @@ Replace = Callable[[Tensor], Tensor]
 
 @contextlib.contextmanager
 def untouched(model: nn.Module, *, training: bool = False, gradients: bool = False) -> Iterator[None]:
-    """A context in eval (or train) mode, without gradients, backward hooks and the fused attention path; leaves no change.
+    """A context in eval (or train) mode, without gradients, backward hooks and the fused attention path.
 
-    Put back on exit, also after an exception: every module's attributes (with lists, dicts and sets among them,
+    It leaves no change. Put back on exit, also after an exception: every module's attributes (with lists, dicts and sets among them,
     parameters, buffers, children and hooks, all by identity), training flags, random states of torch, Python and
     NumPy, grad mode, the default device and dtype, the attention fast path.
     """

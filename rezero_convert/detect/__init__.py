@@ -281,7 +281,8 @@ def _activation(flow: Flow, block: Block, site: Site, options: Options) -> Activ
     parent = step.parent if step is not None else flow.origin(user).call
     if not frames or frames[-1].owner != site.path or parent is not owner_call(flow, node):
         return None
-    at = Operand(frames[0].place, frames[0].span, 0, step is None and _is_receiver(flow, user, frames[0].span))
+    index = 0 if step is not None or flow.nodes[user].args else "input"
+    at = Operand(frames[0].place, frames[0].span, index, step is None and _is_receiver(flow, user, frames[0].span))
     kind = flow.facts[user].type
     if options.activation == "keep":
         return Activation(kind, at, "keep", "kept by choice")
@@ -374,7 +375,7 @@ def _kept_calls(flow: Flow, sites: Iterable[Site]) -> tuple[tuple[Span, str], ..
     return tuple(found)
 
 
-def _definitions(flow: Flow, site: Site, norm: Norm) -> tuple[tuple[tuple[str, str], ...], bool]:
+def _definitions(flow: Flow, site: Site, norm: Norm) -> tuple[tuple[code.Definition, ...], bool]:
     """The classes whose code may use a norm, and whether what they read of it is never reached."""
     holder = norm.path.removesuffix(norm.attribute).rstrip(".")
     module = _module(flow, holder) if norm.attribute else None
@@ -384,7 +385,7 @@ def _definitions(flow: Flow, site: Site, norm: Norm) -> tuple[tuple[tuple[str, s
     place = norm.at.place if norm.at is not None else site.place
     if place is None:
         return (), False
-    return ((place.file, place.cls),), known.text_is_of_torch(place.file, place.cls)
+    return (code.Definition(place.file, place.cls),), known.text_is_of_torch(place.file, place.cls)
 
 
 def _with_norms(draft: _Draft, final: dict[Norm, Norm]) -> Site:

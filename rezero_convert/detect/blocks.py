@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 from ..capture.trace import Call
@@ -242,10 +243,10 @@ def _projection(
     here, there = flow.shape(whole.node), flow.shape(skip)
     certain = here is not None and there is not None
     mere_scale = all(flow.name(node) in ("mul", "div") for node in path)
-    moved = all(flow.facts[node].kind == "layout" and flow.name(node) != "choice" for node in path)
+    moved = all(flow.facts[node].kind in ("layout", "dropout") and flow.name(node) != "choice" for node in path)
     if certain and here == there and not (mere_scale or moved):
         return Refusal(whole, "RZ903", f"a parallel path of the same shape, {operand}, instead of a skip", 2)
-    same = mere_scale or (moved and here == there)
+    same = mere_scale or (moved and certain and prod(here or ()) == prod(there or ()))
     kind: SkipKind = "identity" if same else "slice" if moved else "projection"
     beside = frozenset(flow.index[node] for node in call.inputs) - {skip}
     if kind == "projection" and not all(flow.reaches(b.term.value, skip, avoid=beside) for b in branches):

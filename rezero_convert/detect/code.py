@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from .. import sources
 from ..capture.facts import operation
@@ -13,6 +13,15 @@ from ..errors import ConversionError
 from ..plan import Operand, Place, Span
 
 _ADD_CALLS = frozenset({"add", "sub", "addcmul", "lerp"})
+
+
+class Definition(NamedTuple):
+    """The text of a class."""
+
+    file: str
+    qualname: str
+    hidden: frozenset[str] = frozenset()
+    """Its methods that the class in question overrides and never calls."""
 
 
 @lru_cache(maxsize=4096)
@@ -141,8 +150,10 @@ def first_argument(definition: sources.FunctionNode) -> str:
 
 
 @lru_cache(maxsize=4096)
-def uses(file: str, qualname: str, attribute: str) -> tuple[tuple[Span, ...], tuple[Span, ...]]:
-    """Where a class's methods call `self.<attribute>(...)`, and where they read it otherwise.
+def uses(
+    file: str, qualname: str, attribute: str, hidden: frozenset[str] = frozenset()
+) -> tuple[tuple[Span, ...], tuple[Span, ...]]:
+    """Where a class's methods, except `hidden` ones, call `self.<attribute>(...)`, and where they read it otherwise.
 
     What only construction runs does not count: `__init__` and methods that nothing else calls, and arguments of
     initialisers (`nn.init.constant_(self.norm1.weight, 0)`).
@@ -157,7 +168,7 @@ def uses(file: str, qualname: str, attribute: str) -> tuple[tuple[Span, ...], tu
     methods = [node for node in definition.body if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
     construction = _construction(methods)
     for method in methods:
-        if method.name in construction:
+        if method.name in construction or method.name in hidden:
             continue
         called = set()
         me = first_argument(method)
@@ -205,10 +216,15 @@ def is_path(node: ast.AST, root: str, path: str) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def definitions(cls: Any) -> tuple[tuple[str, str], ...]:
-    """File and qualified name of a class and of those of its bases that are written outside `torch.nn.Module`."""
+def definitions(cls: Any) -> tuple[Definition, ...]:
+    """A class and those of its bases that are written outside `torch.nn.Module`."""
     found = []
+    above: dict[str, list[Any]] = {}
     for base in cls.__mro__:
+        hidden = frozenset(name for name, methods in above.items() if not any(map(_asks_bases, methods)))
+        for name, value in vars(base).items():
+            if inspect.isfunction(value):
+                above.setdefault(name, []).append(value)
         if base.__module__ in ("builtins", "torch.nn.modules.module", "abc", "typing"):
             continue
         try:
@@ -216,8 +232,14 @@ def definitions(cls: Any) -> tuple[tuple[str, str], ...]:
         except (TypeError, OSError):
             continue
         if file is not None:
-            found.append((file, base.__qualname__))
+            found.append(Definition(file, base.__qualname__, hidden))
     return tuple(found)
+
+
+def _asks_bases(method: Any) -> bool:
+    """Whether a method may call the one that it overrides: by `super()`, or by the name of a class."""
+    compiled = inspect.unwrap(method).__code__
+    return "super" in compiled.co_names or "__class__" in compiled.co_freevars or method.__name__ in compiled.co_names
 
 
 @lru_cache(maxsize=4096)

@@ -126,15 +126,26 @@ def flow(trace: Trace) -> Flow:
     for summary in summaries(trace):
         end, entry = index[summary.end], index[summary.entry]
         facts[end], inputs[end], steps[end] = summary.facts, (entry,), summary.call
+    written_back = _write_backs(nodes)
     users: list[list[int]] = [[] for _ in nodes]
     constant: list[bool] = []
     for i, node in enumerate(nodes):
         detached = node.op in ("call_function", "call_method") and operation(node.target) in _DETACHED
         read = () if detached else inputs[i] if i in steps else map(index.__getitem__, node.all_input_nodes)
         constant.append(node.op != "placeholder" and all(constant[source] for source in read))
-        for source in inputs[i]:
+        for source in () if node in written_back else inputs[i]:
             users[source].append(i)
     return Flow(trace, nodes, index, tuple(inputs), tuple(map(tuple, users)), tuple(facts), steps, tuple(constant))
+
+
+def _write_backs(nodes: tuple[fx.Node, ...]) -> set[fx.Node]:
+    """What a capture notes of an in-place operation on a view, the change of its base, where nobody reads that."""
+    found: set[fx.Node] = set()
+    for node in reversed(nodes):
+        writes = node.op == "call_function" and operation(node.target) in ("setitem", "getattr")
+        if writes and all(user in found for user in node.users):
+            found.add(node)
+    return found
 
 
 def data_inputs(node: fx.Node) -> Iterable[fx.Node]:

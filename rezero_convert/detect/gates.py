@@ -75,7 +75,7 @@ def _gate(flow: Flow, product: int, factor: int) -> Found | None:
             return None
         path = flow.parameter(roots[0]) or ""
         value = parameter(flow, path)
-        if value is not None and not isinstance(value, nn.Parameter):
+        if flow.trace.model is not None and not isinstance(value, nn.Parameter):
             return None
         shape, written = flow.shape(roots[0]), None
         if shape is None:

@@ -36,6 +36,7 @@ def of_branch(flow: Flow, branch: Branch, block: Block, options: Options) -> Ite
         place = order[node]
         position: Position = "pre" if place < weighted[0] else "end" if place > weighted[-1] else "inside"
         readers = [user for user in flow.users[node] if user not in inside]
+        readers += [node] if flow.nodes[node] in flow.trace.root.outputs else []
         yield Member(node, position, _decide(flow, node, position, readers, options))
 
 
@@ -153,7 +154,7 @@ class Held:
     """A norm with the classes whose code may use it: file and qualified name of each."""
 
     norm: Norm
-    definitions: tuple[tuple[str, str], ...]
+    definitions: tuple[code.Definition, ...]
     dead_reads: bool = False
     """The classes read the norm's attributes only where a converted instance never comes."""
 
@@ -187,8 +188,8 @@ def settle(held: list[Held], outside: Mapping[str, str], arms: frozenset[Span] =
 
 
 def _other_use(held: Held, bypassed: set[Span]) -> str | None:
-    for file, qualname in held.definitions:
-        calls, reads = code.uses(file, qualname, held.norm.attribute)
+    for definition in held.definitions:
+        calls, reads = code.uses(definition.file, definition.qualname, held.norm.attribute, definition.hidden)
         if reads and not held.dead_reads:
             return f"its attributes are read at {reads[0]}"
         left = [span for span in calls if span not in bypassed]

@@ -35,7 +35,7 @@ def collect(source: Source, plan: Plan, file: str) -> Jobs:
     slots: dict[tuple[int, str], None] = {}
     biases: dict[tuple[int, str], None] = {}
     repairs: dict[tuple[int, str, str], bool] = {}
-    for site in sorted(plan.converted, key=lambda s: (s.span is None, s.span or Span("", 0, 0, 0, 0))):
+    for site in sorted(plan.edited, key=lambda s: (s.span is None, s.span or Span("", 0, 0, 0, 0))):
         for gate in sorted(site.gates, key=lambda g: (g.at is None, g.at.span if g.at else Span("", 0, 0, 0, 0))):
             if gate.at is not None and gate.at.span.file == file and not gate.existing:
                 index = _owner(source, gate.at.span, f"the gate of {gate.branch}")

@@ -28,7 +28,9 @@ from .subclass import code_changes, recipe_of
 
 def is_converted(model: nn.Module) -> bool:
     """Whether any module of `model` was converted."""
-    return any(recipe_of(type(one)) is not None or any(key in one.__dict__ for key in RECORDS) for one in model.modules())
+    return any(
+        recipe_of(type(one)) is not None or any(key in one.__dict__ for key in RECORDS) for one in model.modules()
+    )
 
 
 def restore(model: nn.Module) -> tuple[str, ...]:

@@ -67,7 +67,7 @@ def rewrite(text: str, plan: Plan, file: str) -> Rewritten:
 
 def _edit_bodies(source: Source, plan: Plan) -> str:
     """The text with its function bodies edited; only the top-level statements that change are parsed for that."""
-    touched = {line for site in plan.converted for line in _lines(site, source.file)}
+    touched = {line for site in plan.edited for line in _lines(site, source.file)}
     edits = []
     for stmt in source.tree.body:
         first = min([stmt.lineno, *(d.lineno for d in getattr(stmt, "decorator_list", ()))])
@@ -76,7 +76,7 @@ def _edit_bodies(source: Source, plan: Plan) -> str:
             start, end = source.line_start(first), source.line_start(last + 1)
             text = source.text[start:end]
             edits.append(
-                Edit(start, end, edit_functions(text, plan.converted, product, file=source.file, first_line=first))
+                Edit(start, end, edit_functions(text, plan.edited, product, file=source.file, first_line=first))
             )
     return apply(source, edits)
 
