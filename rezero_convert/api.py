@@ -11,6 +11,7 @@ from torch import nn
 
 from . import file_plan
 from .capture import capture
+from .capture.recorded import one_line
 from .detect import detect
 from .errors import ConversionError, NoEffectWarning
 from .options import options as make_options
@@ -56,7 +57,7 @@ def convert(
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; None to have them inferred
             (transformers, timm) or the model traced symbolically.
         inplace: convert the given object, not a copy.
-        verify: check the result (identity at the start, every alpha read and alive); on meta tensors only the structure.
+        verify: check the result (identity at the start, every alpha read and alive); on meta only the structure.
         **options: `method`, `alpha_init`, `drop_norm`, `activation`, `include`, `exclude`, `share`, `long_skips`,
             `norm_types`; see `plan.Options`.
 
@@ -129,7 +130,7 @@ class SourceResult:
 def convert_source(
     text: str, *, file: str = "<source>", model: nn.Module | None = None, example_inputs: Any = None, **options: Any
 ) -> SourceResult:
-    """Rewrite the residual blocks in the text of a file; nothing is written, and nothing executed unless `model` is given.
+    """Rewrite the residual blocks in the text of a file; writes nothing, and executes nothing unless `model` is given.
 
     Args:
         text: the content of the file.

@@ -13,7 +13,7 @@ from . import sources
 from .capture import capture, static
 from .detect import detect
 from .errors import ConversionError
-from .plan import Options, Plan, Site, Span
+from .plan import Norm, Options, Plan, Site, Span
 
 
 def written(text: str, file: str, options: Options) -> Plan:
@@ -26,12 +26,13 @@ def written(text: str, file: str, options: Options) -> Plan:
     plans = [detect(trace, options) for trace in static.traces(file)]
     sites = _by_place((site for plan in plans for site in plan.sites), file)
     notes = tuple(dict.fromkeys(note for plan in plans for note in plan.notes))
-    kept = tuple(dict.fromkeys(call for plan in plans for call in plan.kept_calls))
-    return Plan(sites, options, "static", sum(plan.scalars for plan in plans), notes, kept)
+    kept = frozenset(call for plan in plans for call in plan.kept_calls)
+    sites = tuple(_norms_of_text(site, kept) for site in sites)
+    return Plan(sites, options, "static", sum(plan.scalars for plan in plans), notes)
 
 
 def recorded(text: str, file: str, model: nn.Module, example_inputs: Any, options: Options) -> Plan:
-    """What a run of the model says, and for classes of the file of which the model has no instance, what their text says.
+    """What a run of the model says; for classes of the file of which it has no instance, what their text says.
 
     Raises:
         ConversionError: the model cannot be captured, or instances that share a text were decided differently by a
@@ -40,16 +41,33 @@ def recorded(text: str, file: str, model: nn.Module, example_inputs: Any, option
     plan = detect(capture(model, example_inputs), options)
     own = os.path.realpath(file)
     here = [_in_file(site, file) for site in plan.sites if site.span and os.path.realpath(site.span.file) == own]
-    here = list(_agreed(here))
+    kept = frozenset(plan.kept_calls)
+    here = [_norms_of_text(site, kept) for site in _agreed(here)]
     made = {base.__qualname__ for module in model.modules() for base in type(module).__mro__}
     ran = {site.span for site in here}
     found = written(text, file, options).sites
     by_span = {site.span: site for site in found if site.verdict == "converted"}
     here = [_completed(site, by_span.get(site.span)) for site in here]
     rest = [site for site in found if site.span not in ran]
-    others = [_unreached(site) if site.place and site.place.cls in made else site for site in rest]
+    others = [_unreached(site) if site.place and site.place.cls in made else _by_text(site) for site in rest]
     sites = sorted([*here, *(site for site in others if site is not None)], key=_by_span)
     return dataclasses.replace(plan, sites=tuple(sites))
+
+
+def _norms_of_text(site: Site, kept: frozenset[tuple[Span, str]]) -> Site:
+    """The site less the norm drops that a shared text cannot carry: the class serves a use that keeps its norm, too."""
+
+    def settled(norm: Norm) -> Norm:
+        if norm.action == "keep" or norm.at is None:
+            return norm
+        if (norm.at.span, norm.path.rpartition(".")[2]) in kept:
+            return dataclasses.replace(norm, action="keep", reason="the same call serves a use that keeps the norm")
+        inside = norm.path.startswith(f"{site.path}." if site.path else "")
+        if norm.action == "slot" and (not inside or "*" in norm.path.removeprefix(site.path)):
+            return dataclasses.replace(norm, action="keep", reason="it is held in a list that is not written out")
+        return norm
+
+    return dataclasses.replace(site, norms=tuple(settled(norm) for norm in site.norms))
 
 
 def _by_span(site: Site) -> tuple[Span, str]:
@@ -65,7 +83,7 @@ def _in_file(site: Site, file: str) -> Site:
 
 
 def _completed(site: Site, same: Site | None) -> Site:
-    """The finding with what its text does for models that are made otherwise: LayerScale or not, zero-initialised or not."""
+    """The finding, with what the text does for models made with other options: LayerScale, zero initialization."""
     if same is not None and site.calls == 0 and site.gates:
         return same  # the other arm of a condition: what it needs there, its text tells better than the one that ran
     if same is None or same.path or site.verdict != "converted":
@@ -75,10 +93,11 @@ def _completed(site: Site, same: Site | None) -> Site:
     gone = {f"{norm.path}.weight" for norm in site.norms if norm.action != "keep"}
     more = [dataclasses.replace(repair, parameter=prefix + repair.parameter) for repair in same.repairs]
     conditional = {gate.at for gate in same.gates if gate.conditional and gate.at is not None}
-    gates = tuple(dataclasses.replace(gate, conditional=True) if gate.at in conditional else gate for gate in site.gates)
-    return dataclasses.replace(
-        site, gates=gates, repairs=(*site.repairs, *(repair for repair in more if repair.parameter not in known | gone))
+    gates = tuple(
+        dataclasses.replace(gate, conditional=gate.conditional or gate.at in conditional) for gate in site.gates
     )
+    repairs = (*site.repairs, *(repair for repair in more if repair.parameter not in known | gone))
+    return dataclasses.replace(site, gates=gates, repairs=repairs)
 
 
 def _unreached(site: Site) -> Site | None:
@@ -88,6 +107,10 @@ def _unreached(site: Site) -> Site | None:
     reason = "a residual add that the run did not come to: pass inputs that run it"
     bare = dataclasses.replace(site, gates=(), norms=(), activation=None, repairs=())
     return dataclasses.replace(bare, verdict="not-executed", code="RZ140", reason=reason, calls=0)
+
+
+def _by_text(site: Site) -> Site:
+    return dataclasses.replace(site, reason=f"{site.reason} (by its text: the model has no {site.cls})")
 
 
 def _agreed(sites: list[Site]) -> Iterator[Site]:
@@ -110,8 +133,8 @@ def _agreed(sites: list[Site]) -> Iterator[Site]:
             continue
         if other.code == "RZ900":
             raise ConversionError(
-                f"{site.span}: {other.path or 'the root'} is {other.reason}, {site.path or 'the root'} is not, but they "
-                "share this text"
+                f"{site.span}: {other.path or 'the root'} is {other.reason}, {site.path or 'the root'} is not, "
+                "but they share this text"
             )
         reason = f"{other.path or 'the root'} shares this text with {site.path or 'the root'}, but cannot be gated: "
         bare = dataclasses.replace(site, gates=(), norms=(), activation=None, repairs=(), form="")

@@ -18,6 +18,7 @@ from torch import nn
 
 import rezero_convert as rz
 from rezero_convert import cli, targets
+from rezero_convert.capture.homes import home
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))), "OMP_NUM_THREADS": "1"}
@@ -211,3 +212,81 @@ def test_the_comparison_notices_a_wrong_file(tmp_path: Path, built: Any) -> None
         text.write_text(right.replace(old, new))
         with pytest.raises(AssertionError):
             agrees(case, text, built(case))
+
+
+# What a file cannot say for one instance only
+
+
+SHARED = """\
+import torch
+from torch import nn
+
+
+class Block(nn.Module):
+    def __init__(self, width, plain):
+        super().__init__()
+        self.fc = nn.ReLU() if plain else nn.Linear(width, width)
+
+    def forward(self, x):
+        return x + torch.relu(self.fc(x))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = Block(4, False)
+        self.second = Block(4, PLAIN)
+
+    def forward(self, x):
+        return self.second(self.first(x))
+"""
+
+
+def shared(folder: Path, name: str, plain: bool) -> Path:
+    file = folder / f"{name}.py"
+    file.write_text(SHARED.replace("PLAIN", str(plain)))
+    return file
+
+
+def exactly(file: Path, **options: Any) -> Any:
+    model = targets.load(file).Net()
+    return rz.convert_source(file.read_text(), file=str(file), model=model, example_inputs=torch.randn(2, 4), **options)
+
+
+def test_a_pattern_cannot_part_instances_that_share_their_text(tmp_path: Path) -> None:
+    file = shared(tmp_path, "rz_parted", plain=False)
+    with pytest.raises(rz.ConversionError, match=r"rz_parted.py:11:16: second is excluded by 'second', first is not"):
+        exactly(file, exclude="second")
+    assert "self.alpha * torch.relu(self.fc(x))" in exactly(file).text
+
+
+def test_a_block_that_is_refused_for_one_instance_is_refused_for_all(tmp_path: Path) -> None:
+    file = shared(tmp_path, "rz_refused", plain=True)
+    result = exactly(file)
+    assert result.text == file.read_text()
+    reasons = [site.reason for site in result.report.plan.sites if site.path == "first"]
+    assert len(reasons) == 1
+    assert "second shares this text with first, but cannot be gated: no linear" in reasons[0]
+
+
+def test_a_copy_keeps_its_line_ends(tmp_path: Path) -> None:
+    case = next(case for case in FILES if case.module == "torchvision.models.resnet")
+    copy = tmp_path / original(case).name
+    copy.write_bytes(original(case).read_bytes().replace(b"\n", b"\r\n"))
+    assert cli.main([str(copy), "--check", "--quiet"]) == 1
+    assert cli.main([str(copy), "--write", "--quiet"]) == 0
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    assert copy.read_bytes() == convert(case, plain).read_bytes().replace(b"\n", b"\r\n")
+    assert cli.main([str(copy), "--check", "--quiet"]) == 0
+
+
+@pytest.mark.parametrize("name", ["modeling_llama.py", "unheard_of.py"])
+def test_only_a_copy_has_another_home(name: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    real = Path(transformers.__file__).parent / "models" / "llama" / "modeling_llama.py"
+    copy, other = tmp_path / name, tmp_path / "modeling_gpt2.py"
+    copy.write_bytes(real.read_bytes())
+    other.write_text("class Own:\n    pass\n")
+    assert home(str(copy)) == (str(real) if name == real.name else str(copy))
+    assert home(str(other)) == str(other)

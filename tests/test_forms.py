@@ -1,4 +1,4 @@
-"""What is a residual block, form by form: what the plan says of it, and that carrying the plan out gives what it says."""
+"""What is a residual block, form by form: what the plan says, and that carrying the plan out gives just that."""
 
 from __future__ import annotations
 
@@ -464,8 +464,8 @@ class PreNorm(Net):
 
 
 LAYER_NORMS = [
-    lambda: nn.LayerNorm(W), lambda: nn.LayerNorm(W, elementwise_affine=False), lambda: nn.RMSNorm(W), OddRms, OddCentred,
-    OddUpcast,
+    lambda: nn.LayerNorm(W), lambda: nn.LayerNorm(W, elementwise_affine=False), lambda: nn.RMSNorm(W), OddRms,
+    OddCentred, OddUpcast,
 ]  # fmt: skip
 NORM_IDS = ["LayerNorm", "LayerNorm without weights", "RMSNorm", "hand-written RMS", "hand-written", "Llama's RMS"]
 
@@ -656,6 +656,22 @@ def test_a_norm_whose_attribute_is_read_elsewhere_stays_and_says_where() -> None
     assert "test_forms.py:" in site.norms[0].reason
 
 
+class AsksBase(PreNorm):
+    """Overrides, and calls what it overrides."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() > 5:
+            return super().forward(x)
+        return x + self.thing(self.mlp(x))
+
+
+def test_a_norm_that_the_overridden_method_calls_stays_only_if_that_is_called() -> None:
+    kept = block(AsksBase(nn.LayerNorm(W)), vectors())
+    assert norms(kept) == {"thing": "keep"}
+    assert "also called at" in kept.norms[0].reason
+    assert norms(block(EndNorm(nn.LayerNorm(W)), vectors())) == {"thing": "bypass"}
+
+
 def test_a_norm_before_skip_and_branch_is_not_of_the_block() -> None:
     assert block(SkipFromNorm(nn.LayerNorm(W)), vectors()).norms == ()
 
@@ -814,6 +830,29 @@ def test_the_activation_of_the_sum_moves_into_the_branch(make: Any) -> None:
     assert "activation after the add" in site.form
     model = trained(make(), x)
     torch.testing.assert_close(model(x.clone()), x + model.alpha * torch.relu(model.conv(x)))
+
+
+class Swish(nn.Module):
+    def forward(self, v: Tensor) -> Tensor:
+        return v * torch.sigmoid(v)
+
+
+class ActWritten(Act):
+    def __init__(self) -> None:
+        super().__init__()
+        self.thing = Swish()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.thing(x + self.conv(x))
+
+
+def test_a_hand_written_activation_module_moves_too() -> None:
+    x = vectors()
+    site = block(ActWritten(), x)
+    assert site.activation is not None
+    assert (site.activation.type, site.activation.action) == ("Swish", "move")
+    model = trained(ActWritten(), x)
+    torch.testing.assert_close(model(x), x + model.alpha * F.silu(model.conv(x)))
 
 
 @pytest.mark.parametrize("make", [ActModule, ActFunctional, ActMethod])
@@ -1134,11 +1173,31 @@ class TwoChildren(Linears):
         return x + torch.tanh(self.b(x))
 
 
-class Arms(Linears):
+class ArmsAssigned(nn.Module):
+    """What can be read in the text, where an arm does not run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(W, W)
+        self.b = nn.Linear(W, W)
+        self.drop = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            y = x + self.drop(self.b(torch.relu(self.a(x))))
+        else:
+            y = x + self.b(torch.relu(self.a(x)))
+        return y
+
+
+class Arms(nn.Module):
     """Exclusive arms on one child."""
 
     def __init__(self) -> None:
-        super().__init__(drop=nn.Dropout(0.1))
+        super().__init__()
+        self.a = nn.Linear(W, W)
+        self.b = nn.Linear(W, W)
+        self.drop = nn.Dropout(0.1)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
@@ -1167,12 +1226,14 @@ def test_one_alpha_for_all_branches_of_a_module() -> None:
     assert [name for name, _ in rz.alphas(rz.convert(TwoChildren(), vectors(), share="layer"))] == ["alpha"]
 
 
-def test_exclusive_arms_on_one_child_share_the_alpha() -> None:
+@pytest.mark.parametrize("make", [Arms, ArmsAssigned])
+def test_exclusive_arms_on_one_child_share_the_alpha(make: Any) -> None:
     x = vectors()
-    found = plan(Arms(), x)
+    found = plan(make(), x)
     assert {site.verdict for site in found.sites} == {"converted", "not-executed"}
     assert {site.gates[0].alpha for site in found.edited} == {"alpha_b"}
-    model = rz.convert(Arms(), x)
+    assert len(found.edited) == 2
+    model = rz.convert(make(), x)
     assert [name for name, _ in rz.alphas(model)] == ["alpha_b"]
     assert torch.equal(model.train()(x), x)
     assert torch.equal(model.eval()(x), x)

@@ -437,7 +437,7 @@ def test_pruned_branches() -> None:
     for block in model:
         prune.l1_unstructured(block.fc, "weight", amount=0.5)
     mask = model[0].fc.weight_mask.clone()
-    with pytest.raises(rz.ConversionError, match="Sequential cannot be copied .*deepcopy.*; pass inplace=True"):
+    with pytest.raises(rz.ConversionError, match=r"Sequential cannot be copied .*deepcopy.*; pass inplace=True"):
         rz.convert(model, X)  # torch cannot copy a pruned module
     rz.convert(model, X, inplace=True)
     assert names(model) == ["0.alpha", "1.alpha"]

@@ -61,6 +61,28 @@ class NoBias(nn.Module):
         return x + self.last(self.act(self.norm(self.conv(x))))
 
 
+class Fused(nn.BatchNorm1d):
+    """A norm with its activation, as in timm."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(super().forward(x))
+
+
+class FusedBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(4, 4, 1)
+        self.norm = Fused(4)
+        self.last = nn.Conv1d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.last(self.norm(self.conv(x)))
+
+
 class InSequence(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -270,6 +292,19 @@ def test_a_slot_is_filled_again() -> None:
     assert layout(again) == layout(model)
 
 
+def test_a_fused_norm_takes_its_activation_back() -> None:
+    model = nn.Sequential(FusedBlock(), FusedBlock())
+    x = torch.randn(2, 4, 3)
+    converted = rz.convert(model, x, drop_norm="batch")
+    assert type(converted[0].norm) is nn.Sequential
+    act = converted[0].norm.act
+    back(converted, inplace=True)
+    assert layout(converted) == layout(model)
+    assert converted[0].norm.act is act
+    converted.load_state_dict(model.state_dict())
+    assert torch.equal(converted.eval()(x), model.eval()(x))
+
+
 def test_a_norm_in_two_places_is_one_norm_again() -> None:
     model = nn.Sequential(PreNorm(), PreNorm())
     model[1].norm = model[0].norm
@@ -298,23 +333,16 @@ def test_a_new_norm_follows_the_model(dtype: torch.dtype) -> None:
 
 
 def test_a_norm_of_its_own_precision_keeps_it() -> None:
-    class Careful(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norm = nn.LayerNorm(8)
-            self.fc = nn.Linear(8, 8)
-
+    class Careful(nn.LayerNorm):
         def forward(self, x: Tensor) -> Tensor:
-            return x + torch.relu(self.fc(self.norm(x.float()).to(x.dtype)))
+            return super().forward(x.float()).to(x.dtype)
 
-    model = nn.Sequential(Careful(), Careful()).bfloat16()
-    model[0].norm.float()
-    model[1].norm.float()
+    model = nn.Sequential(InSequence(), InSequence()).bfloat16()
+    for block in model:
+        block.body[0] = Careful(8)
     converted = rz.convert(model, X.bfloat16(), verify=False)
-    assert not hasattr(converted[0], "norm")
-    again = back(converted)
-    assert layout(again) == layout(model)
-    assert again[0].norm.weight.dtype == torch.float32
+    assert type(converted[0].body[0]) is nn.Identity
+    assert layout(back(converted)) == layout(model)
 
 
 def test_on_the_meta_device() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
+import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
@@ -19,14 +20,16 @@ Replace = Callable[[Tensor], Tensor]
 def untouched(model: nn.Module, *, training: bool = False, gradients: bool = False) -> Iterator[None]:
     """A context in eval (or train) mode, without gradients, backward hooks and the fused attention path.
 
-    It leaves no change. Put back on exit, also after an exception: every module's attributes (with lists, dicts and sets among them,
-    parameters, buffers, children and hooks, all by identity), training flags, random states of torch, Python and
-    NumPy, grad mode, the default device and dtype, the attention fast path.
+    It leaves no change. Put back on exit, also after an exception: every module's attributes (with lists, dicts and
+    sets among them, parameters, buffers, children and hooks, all by identity), training flags, random states of torch,
+    Python and NumPy, grad mode, the default device and dtype, the attention fast path.
     """
     modules = tuple(model.modules())
     saved = [_Saved(module) for module in modules]
     with contextlib.ExitStack() as stack:
         stack.enter_context(_global_state())
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")  # of a run that the user did not start, in modes of ours
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(gradients))
         if "torch._dynamo" in sys.modules:  # compiled functions inside the model run as written

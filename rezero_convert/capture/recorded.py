@@ -101,18 +101,59 @@ def replay(
         Exception: whatever the model raises.
     """
     nodes = list(trace.graph.nodes)
+    align = _aligned(nodes)
 
     def checked(index: int, node: fx.Node, tensor: Tensor) -> None:
-        expected = nodes[index] if index < len(nodes) else None
-        if expected is None or (expected.op, str(expected.target)) != (node.op, str(node.target)):
-            raise ConversionError(f"the model took another path when it was run again, at {node.format_node()}")
-        observe(index, expected, tensor)
+        position = align(node)
+        if position is not None:
+            observe(position, nodes[position], tensor)
 
     with untouched(model, training=training, gradients=True):
         paths = substitute(model, parameter=lambda tensor: tensor, buffer=Tensor.clone, other=Tensor.clone)
         inputs = _converted((args, kwargs), lambda tensor: tensor.detach().clone().requires_grad_(tensor.requires_grad))
         recorder = _Recorder(model, paths, weak=True, observe=checked)
         return list(tensors_in(_execute(recorder, model, inputs)))
+
+
+_PASSING = frozenset({"contiguous", "to", "type_as", "float", "half", "bfloat16", "double"})
+"""Operations that return their operand itself when there is nothing to do, and then leave no node."""
+
+
+def _aligned(nodes: list[fx.Node]) -> Callable[[fx.Node], int | None]:
+    """For each node of a graph in the making, in order, its position among `nodes`; None for one without a partner.
+
+    Only operations that may have had nothing to do (a tensor is contiguous on one kind of tensor and not on another)
+    may be without.
+    """
+    positions: dict[fx.Node, int | None] = {}
+    state = {"next": 0}
+    last: list[fx.Node] = []
+
+    def same(expected: fx.Node, node: fx.Node) -> bool:
+        return (expected.op, str(expected.target)) == (node.op, str(node.target))
+
+    def passes(node: fx.Node) -> bool:
+        return node.op in ("call_method", "call_function") and facts.operation(node.target) in _PASSING
+
+    def place(node: fx.Node) -> int | None:
+        at = state["next"]
+        while at < len(nodes) and not same(nodes[at], node) and passes(nodes[at]):
+            at += 1
+        if at < len(nodes) and same(nodes[at], node):
+            state["next"] = at + 1
+            return at
+        if passes(node):
+            return None
+        raise ConversionError(f"the model took another path when it was run again, at {node.format_node()}")
+
+    def align(node: fx.Node) -> int | None:
+        while node not in positions:
+            following = last[0].next if last else next(iter(node.graph.nodes))
+            positions[following] = place(following)
+            last[:] = [following]
+        return positions[node]
+
+    return align
 
 
 def one_line(error: BaseException) -> str:

@@ -281,8 +281,9 @@ def _activation(flow: Flow, block: Block, site: Site, options: Options) -> Activ
     parent = step.parent if step is not None else flow.origin(user).call
     if not frames or frames[-1].owner != site.path or parent is not owner_call(flow, node):
         return None
-    index = 0 if step is not None or flow.nodes[user].args else "input"
-    at = Operand(frames[0].place, frames[0].span, index, step is None and _is_receiver(flow, user, frames[0].span))
+    at = Operand(frames[0].place, frames[0].span, 0, step is None and _is_receiver(flow, user, frames[0].span))
+    if code.operand(at) is None:
+        at = replace(at, index="input")
     kind = flow.facts[user].type
     if options.activation == "keep":
         return Activation(kind, at, "keep", "kept by choice")

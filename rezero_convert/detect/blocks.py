@@ -242,7 +242,7 @@ def _projection(
         return Refusal(whole, "RZ916", "the sum is not the output of the module that makes it", 2)
     here, there = flow.shape(whole.node), flow.shape(skip)
     certain = here is not None and there is not None
-    mere_scale = all(flow.name(node) in ("mul", "div") for node in path)
+    mere_scale = all(flow.name(node) in ("mul", "div") or _adds_nothing(flow, node) for node in path)
     moved = all(flow.facts[node].kind in ("layout", "dropout") and flow.name(node) != "choice" for node in path)
     if certain and here == there and not (mere_scale or moved):
         return Refusal(whole, "RZ903", f"a parallel path of the same shape, {operand}, instead of a skip", 2)
@@ -252,6 +252,11 @@ def _projection(
     if kind == "projection" and not all(flow.reaches(b.term.value, skip, avoid=beside) for b in branches):
         return Refusal(whole, "RZ904", f"{operand} and the branch are of different inputs of the module", 2)
     return Block(whole, shortcut, skip, kind, branches, certain)
+
+
+def _adds_nothing(flow: Flow, node: int) -> bool:
+    """`0 + x`, as `sum([x, ...])` begins."""
+    return flow.name(node) == "add" and 0 in [arg for arg in flow.nodes[node].args if isinstance(arg, int)]
 
 
 def _elementwise_split(flow: Flow, path: tuple[int, ...]) -> tuple[int, ...]:
@@ -279,7 +284,7 @@ def _is_beside(flow: Flow, skip: int, node: int) -> bool:
     """
     while node > skip:
         terms = sorted(operands(flow, node), key=lambda term: term.value)
-        sources = [source for source in flow.inputs[node] if not flow.constant[source]]
+        sources = [source for source in flow.inputs[node] if flow.constant[node] or not flow.constant[source]]
         if terms and any(term.value == skip for term in terms):
             node = next((term.value for term in terms if term.value != skip), skip)
         elif terms and flow.reaches(terms[1].value, terms[0].value):
@@ -290,7 +295,7 @@ def _is_beside(flow: Flow, skip: int, node: int) -> bool:
         ):
             node = sources[0]
         else:
-            return False
+            return not flow.reaches(node, skip)
     return node != skip
 
 

@@ -12,7 +12,7 @@ from ..capture.facts import operation
 from ..errors import ConversionError
 from ..plan import Operand, Place, Span
 
-_ADD_CALLS = frozenset({"add", "sub", "addcmul", "lerp"})
+_ADD_CALLS = frozenset({"add", "sub", "addcmul"})
 
 
 class Definition(NamedTuple):

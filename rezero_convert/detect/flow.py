@@ -126,16 +126,24 @@ def flow(trace: Trace) -> Flow:
     for summary in summaries(trace):
         end, entry = index[summary.end], index[summary.entry]
         facts[end], inputs[end], steps[end] = summary.facts, (entry,), summary.call
-    written_back = _write_backs(nodes)
+    written_back, whole = _write_backs(nodes), set(steps.values())
     users: list[list[int]] = [[] for _ in nodes]
     constant: list[bool] = []
     for i, node in enumerate(nodes):
         detached = node.op in ("call_function", "call_method") and operation(node.target) in _DETACHED
         read = () if detached else inputs[i] if i in steps else map(index.__getitem__, node.all_input_nodes)
         constant.append(node.op != "placeholder" and all(constant[source] for source in read))
-        for source in () if node in written_back else inputs[i]:
+        inner = i not in steps and _is_within(origin(node).call, whole)
+        for source in () if inner or node in written_back else inputs[i]:
             users[source].append(i)
     return Flow(trace, nodes, index, tuple(inputs), tuple(map(tuple, users)), tuple(facts), steps, tuple(constant))
+
+
+def _is_within(call: Call | None, whole: set[Call]) -> bool:
+    """Whether a module execution is part of one that counts as a single step."""
+    while call is not None and call not in whole:
+        call = call.parent
+    return call is not None
 
 
 def _write_backs(nodes: tuple[fx.Node, ...]) -> set[fx.Node]:

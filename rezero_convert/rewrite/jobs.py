@@ -75,8 +75,7 @@ def _norm_jobs(
 ) -> None:
     if norm.action == "keep" or not norm.path:
         return
-    here = norm.at.span.file if norm.at is not None else site.span.file if site.span is not None else ""
-    if here != source.file:
+    if _file_of(site, norm) != source.file:
         return
     if norm.action == "bypass" and norm.at is not None and norm.attribute:
         dropped[_owner(source, norm.at.span, f"the call of {norm.attribute}"), norm.attribute] = None
@@ -88,6 +87,13 @@ def _norm_jobs(
         )
     if norm.bias:
         biases[_instance_class(source, site, norm.bias), _relative(site, norm.bias)] = None
+
+
+def _file_of(site: Site, norm: Norm) -> str:
+    """Where a norm is taken out: at its call, or where the owner of the block makes the container that holds it."""
+    if norm.at is not None and norm.action != "slot":
+        return norm.at.span.file
+    return site.span.file if site.span is not None else ""
 
 
 def _owner(source: Source, span: Span, what: str) -> int:
@@ -222,7 +228,7 @@ def elsewhere(plan: Plan, file: str) -> list[str]:
     for site in plan.converted:
         if site.span is not None and site.span.file == file:
             for norm in site.norms:
-                if norm.action != "keep" and norm.at is not None and norm.at.span.file != file:
+                if norm.action != "keep" and norm.at is not None and _file_of(site, norm) != file:
                     found.setdefault(str(norm.at.span), []).append(norm.path or norm.type)
     notes = []
     for where, paths in found.items():

@@ -180,14 +180,15 @@ def _drop_norms(undo: ExitStack, model: nn.Module, plan: Plan) -> None:
         kept = tuple(rest._modules) if rest is not None else ()
         shell, starts = blank(norm_module), constants(norm_module)
         for holder, key in holders.get(id(norm_module), []):
-            dtype = next(itertools.chain(floats(holder), floats(model), [torch.empty(0)])).dtype
-            note(undo, holder, Dropped(key, tuple(holder._modules), shell, dtype, starts, kept))
+            order = tuple(holder._modules)
             if rest is not None:
                 put(undo, holder._modules, key, rest)
             elif "slot" in wanted or isinstance(holder, _CONTAINERS):
                 put(undo, holder._modules, key, nn.Identity().train(norm_module.training))
             else:
                 delete(undo, holder._modules, key)
+            dtype = next(itertools.chain(floats(holder), floats(model), [torch.empty(0)])).dtype
+            note(undo, holder, Dropped(key, order, shell, dtype, starts, kept))
     for path in dict.fromkeys(
         n.bias for site in edited_sites(plan) for n in site.norms if n.bias and n.action != "keep"
     ):

@@ -117,15 +117,15 @@ def look_at(subject: Subject, mode: str, trace: Trace) -> Look:
 
 
 def _known_gate(flow: Flow, branch: detected.Branch, known: dict[int, str]) -> tuple[gates.Found, str] | None:
-    """A branch's gate with its name, if registered; in a model without registration, any gate of one number."""
+    """A branch's gate with its name, if registered; else any gate of one number, or zero now, is taken for one."""
     gate = gates.existing(flow, branch)
     if gate is None or gate.kind == "input":
         return None
     parameter = gates.parameter(flow, gate.parameter)
     if known:
         return (gate, known[id(parameter)]) if id(parameter) in known else None
-    scalar = gate.kind == "scalar" and isinstance(parameter, nn.Parameter)
-    return (gate, gate.parameter) if scalar else None
+    gated = (gate.kind == "scalar" or gate.zero) and isinstance(parameter, nn.Parameter)
+    return (gate, gate.parameter) if gated else None
 
 
 def _block(

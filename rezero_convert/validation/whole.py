@@ -57,15 +57,17 @@ def validate(model: nn.Module, example_inputs: Any = None, *, options: Options |
     for prefix, plan in plans:
         for site in plan.converted:
             for gate in site.gates:
-                sites.setdefault(joined(prefix, site.path, gate.alpha), []).append(site)
+                for name in gate.parameters():
+                    sites.setdefault(joined(prefix, site.path, name), []).append(site)
     registered, broken = _registered(model, sites)
     options = options or Options()
     same = dict.fromkeys(registered, options.preserve) if not plans else {}
     same |= {
-        joined(prefix, site.path, gate.alpha): plan.options.preserve
+        joined(prefix, site.path, name): plan.options.preserve
         for prefix, plan in plans
         for site in plan.converted
         for gate in site.gates
+        for name in gate.parameters()
     }
     preserved = frozenset(name for name, preserve in same.items() if preserve)
     subject = Subject(model, args, kwargs, registered, sites, plans, preserved, options)
