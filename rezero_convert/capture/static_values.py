@@ -262,6 +262,10 @@ def emit(
     state.count += 1
     node = state.graph.create_node(op, target, tuple(args), kwargs)
     node.meta["origin"] = Origin(scope.call, frames(scope, at), facts)
+    if facts.inplace and node.args and isinstance(node.args[0], fx.Node):
+        for name, value in scope.env.items():  # every name of the overwritten tensor has the new value
+            if value is node.args[0]:
+                scope.env[name] = node
     return node
 
 

@@ -91,7 +91,7 @@ def _draft(flow: Flow, block: Block, options: Options) -> _Draft:
         gate, repair, last = _gate(flow, branch, site, operands[branch.term], found, moved, options)
         made.append(gate)
         weights.append(last)
-        requests.append(None if gate.existing else names.Request(site.cls, operands[branch.term], gate.child))
+        requests.append(None if gate.existing else _request(flow, site, operands[branch.term], gate.child))
         repairs += repair
         if not options.preserve:
             repairs += gates.repairs(flow, branch)
@@ -106,6 +106,13 @@ def _draft(flow: Flow, block: Block, options: Options) -> _Draft:
         confidence=1.0 if block.certain else 0.8,
     )
     return _Draft(block, site, tuple(members), tuple(requests), tuple(weights))
+
+
+def _request(flow: Flow, site: Site, at: Operand, child: str) -> names.Request:
+    module = _module(flow, site.path)
+    bases = [base.__qualname__ for base in type(module).__mro__] if module is not None else [site.cls]
+    rank = bases.index(at.place.cls) if at.place.cls in bases else int(at.place.cls != site.cls)
+    return names.Request(site.cls, rank, at, child)
 
 
 def _reason(flow: Flow, block: Block) -> str:
@@ -445,7 +452,12 @@ def _bare(site: Site) -> Site:
 def _named(flow: Flow, drafts: list[_Draft], others: list[arms.Arm], options: Options) -> list[Site]:
     """Give the alphas their names, the sites their form; arms that did not run count as adds of their class."""
     requests = [request for draft in drafts for request in draft.requests if request is not None]
-    requests += [names.Request(arm.cls, gate.at, gate.child) for arm in others for gate in arm.found.gates if gate.at]
+    requests += [
+        _request(flow, replace(arm.found, path=arm.path, cls=arm.cls), gate.at, gate.child)
+        for arm in others
+        for gate in arm.found.gates
+        if gate.at
+    ]
     given = names.alphas(
         requests,
         shared=options.share == "layer",

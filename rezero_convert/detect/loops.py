@@ -23,22 +23,23 @@ def loop_of(place: Place, add: Span, weights: Sequence[str]) -> Loop | Refused:
         weights: per pass the path, from the owner, of the module with the branch's last weight; on the static route
             one path with "*" for the element.
     """
-    held = _list(weights)
+    around = list(_around(place, add))
+    held = _list(weights, len(around))
     if isinstance(held, Refused):
         return held
     name, positions = held
     me = code.self_name(place)
-    statement = next((loop for loop in _around(place, add) if _mentions(loop, me, name)), None)
+    statement = next((loop for loop in around if _mentions(loop, me, name)), None)
     if statement is None:
         return f"the add runs for each element of {name}, but in no `for` statement over it"
     return _walk(statement, place.file, me, name, positions)
 
 
-def _list(weights: Sequence[str]) -> tuple[str, list[int] | None] | Refused:
+def _list(weights: Sequence[str], loops: int) -> tuple[str, list[int] | None] | Refused:
     """The module list whose elements the paths lie in, and their positions (None if not known)."""
     parts = [path.split(".") for path in weights]
     if len(parts) == 1 and "*" in parts[0]:
-        if parts[0].count("*") > 1:
+        if parts[0].count("*") > 1 and loops > 1:  # in one loop, the second is what a pass unpacks
             return "the add is in nested loops over modules"
         return ".".join(parts[0][: parts[0].index("*")]), None
     for depth in range(min(map(len, parts))):

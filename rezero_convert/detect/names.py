@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from ..plan import Operand
@@ -14,6 +14,8 @@ class Request:
 
     cls: str
     """The owner's class."""
+    rank: int
+    """How far up the owner's bases the class is whose text holds the add: 0 for the owner's own."""
     at: Operand
     child: str
     """The owner's child that holds the branch's last weight; "" if that lies elsewhere."""
@@ -26,7 +28,9 @@ def alphas(
     exclusive: Callable[[Operand, Operand], bool],
     taken: Callable[[str, str], bool],
 ) -> dict[Request, str]:
-    """A name for each branch: `alpha` if its class holds one, else `alpha_<child>`.
+    """A name for each branch: `alpha` if the class whose text holds it holds one, else `alpha_<child>`.
+
+    A base class comes before those that inherit from it: text that several classes share has one name for all.
 
     Args:
         requests: all branches of all classes; equal requests get one name.
@@ -34,31 +38,43 @@ def alphas(
         exclusive: whether two operands lie in arms of which one call runs at most one.
         taken: whether an attribute of this name is the class's own: (cls, name).
     """
-    classes: dict[str, list[Request]] = {}
-    for request in dict.fromkeys(requests):
-        classes.setdefault(request.cls, []).append(request)
-    return {request: name for own in classes.values() for request, name in _of_class(own, shared, exclusive, taken)}
+    every = list(dict.fromkeys(requests))
+    texts: dict[tuple[str, str], list[Request]] = {}
+    for request in every:
+        texts.setdefault((request.at.place.file, request.at.place.cls), []).append(request)
+    given: dict[Operand, str] = {}
+    for own in sorted(texts.values(), key=lambda own: -max(request.rank for request in own)):
+        owners = {request.cls for request in own}
+        above = {request.at: given[request.at] for request in every if request.cls in owners and request.at in given}
+        for at, name in _of_text(own, shared, exclusive, taken, above):
+            given[at] = name
+    return {request: given[request.at] for request in every}
 
 
-def _of_class(
+def _of_text(
     requests: list[Request],
     shared: bool,
     exclusive: Callable[[Operand, Operand], bool],
     taken: Callable[[str, str], bool],
-) -> Iterable[tuple[Request, str]]:
-    single = shared or len({request.at for request in requests}) == 1
-    given: dict[str, list[Request]] = {}
-    for request in sorted(requests, key=lambda request: request.at):
-        wanted = "alpha" if single else f"alpha_{request.child.replace('.', '_')}" if request.child else "alpha_branch"
+    above: Mapping[Operand, str],
+) -> Iterator[tuple[Operand, str]]:
+    """The names in the text of one class, where its owners have those `above` already."""
+    by_place = {request.at: request for request in sorted(requests, key=lambda request: request.at)}
+    single = len(by_place) == 1 and (shared or "alpha" not in above.values())
+    holders: dict[str, list[Operand]] = {}
+    for at, name in above.items():
+        holders.setdefault(name, []).append(at)
+    for at, request in by_place.items():
+        wanted = "alpha" if single or shared else f"alpha_{request.child.replace('.', '_') or 'branch'}"
         for name in _numbered(f"rezero_{wanted}" if taken(request.cls, wanted) else wanted):
-            holders = given.setdefault(name, [])
-            if single or all(exclusive(request.at, holder.at) for holder in holders):
-                holders.append(request)
-                yield request, name
+            others = holders.setdefault(name, [])
+            if shared or all(exclusive(at, other) for other in others):
+                others.append(at)
+                yield at, name
                 break
 
 
-def _numbered(name: str) -> Iterable[str]:
+def _numbered(name: str) -> Iterator[str]:
     yield name
     number = 2
     while True:

@@ -189,7 +189,10 @@ def alpha_place(source: Source, init: Function, gate: Gate, bound: bool) -> tupl
 def _mentions(stmt: ast.stmt, me: str, modules: str) -> bool:
     name = modules.partition("[")[0].partition(".")[0]
     return any(
-        isinstance(node, ast.Attribute) and node.attr == name and isinstance(node.value, ast.Name) and node.value.id == me
+        isinstance(node, ast.Attribute)
+        and node.attr == name
+        and isinstance(node.value, ast.Name)
+        and node.value.id == me
         for node in ast.walk(stmt)
     )
 

@@ -35,6 +35,8 @@ class _Observed:
 
     outputs: list[Tensor] = field(default_factory=list)
     edges: dict[int, GradientEdge] = field(default_factory=dict)
+    paused: set[int] = field(default_factory=set)
+    """Sums made with gradients turned off."""
     likes: dict[int, tuple[torch.Size, torch.dtype, torch.device]] = field(default_factory=dict)
     equal: dict[int, bool] = field(default_factory=dict)
     finite: dict[int, bool] = field(default_factory=dict)
@@ -69,6 +71,11 @@ def _measure(subject: Subject, look: Look, notes: list[str]) -> Look:
     blind = [block.path for block in look.found if block.output in seen.edges and block.shortcut not in seen.edges]
     if blind:
         notes.append(f"the gradient through the block was not checked, the skip has none: {compact(blind)}")
+    paused = [block.path for block in look.found if block.sum in seen.paused]
+    if paused:
+        notes.append(
+            f"no gradients were checked where the model turns them off (re-entrant checkpoint): {compact(paused)}"
+        )
     look.outputs = seen.outputs
     del seen  # the run's activations
     if look.mode == "train":
@@ -162,6 +169,8 @@ def _watch(subject: Subject, look: Look, *, mark: bool) -> _Observed:
     def observe(index: int, node: fx.Node, value: Tensor) -> None:
         if index in last and mark and not value.requires_grad and value.is_floating_point():
             value.requires_grad_()
+        if index in sums and not torch.is_grad_enabled():
+            seen.paused.add(index)
         if index in edges:
             seen.likes[index] = (value.shape, value.dtype, value.device)
             if value.requires_grad:
@@ -189,6 +198,8 @@ def _at_zero(subject: Subject, block: Block, seen: _Observed, mode: str) -> Iter
     yield Check("identity", mode, seen.equal.get(block.sum, False), "the sum differs from the skip")
     yield Check("finite", mode, all(seen.finite.get(node, False) for node in values), "the branch is not finite")
     yield Check("nonzero", mode, all(seen.nonzero.get(node, False) for node in values), "the branch is zero")
+    if block.sum in seen.paused:
+        return
     output = seen.edges.get(block.output)
     if output is None:
         yield Check("alive", mode, False, f"{', '.join(block.alphas)} gets no gradient: the block's output has none")
