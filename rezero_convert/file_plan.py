@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -26,7 +26,8 @@ def written(text: str, file: str, options: Options) -> Plan:
     plans = [detect(trace, options) for trace in static.traces(file)]
     sites = _by_place((site for plan in plans for site in plan.sites), file)
     notes = tuple(dict.fromkeys(note for plan in plans for note in plan.notes))
-    kept = frozenset(call for plan in plans for call in plan.kept_calls)
+    done = {site.span: site for site in sites if site.verdict == "converted" and site.span is not None}
+    kept = frozenset(call for plan in plans for call in _kept(plan, done))
     sites = tuple(_norms_of_text(site, kept) for site in sites)
     return Plan(sites, options, "static", sum(plan.scalars for plan in plans), notes)
 
@@ -52,6 +53,27 @@ def recorded(text: str, file: str, model: nn.Module, example_inputs: Any, option
     others = [_unreached(site) if site.place and site.place.cls in made else _by_text(site) for site in rest]
     sites = sorted([*here, *(site for site in others if site is not None)], key=_by_span)
     return dataclasses.replace(plan, sites=tuple(sites))
+
+
+def _kept(plan: Plan, done: Mapping[Span, Site]) -> Iterator[tuple[Span, str]]:
+    """The norm calls that a class's trace keeps, but for those that were seen better from nearer by.
+
+    Entered from afar, a function ends in opaque modules sooner, so that a block may not be recognised; and what class
+    a norm has may have come through a function that text does not tell the result of.
+    """
+    dim = dict.fromkeys(site.place for site in plan.of("refused") if site.span in done and site.place is not None)
+    bodies = [(place.file, sources.function(place)) for place in dim]
+    ranges = [(file, node.lineno, node.end_lineno or 0) for file, node in bodies if node is not None]
+    kinds = _kinds(done.values())
+    doubtful = {span for span, kind in _kinds(plan.converted).items() if kinds.get(span, kind) != kind}
+    for span, name in plan.kept_calls:
+        if span in doubtful or any(file == span.file and first <= span.line <= last for file, first, last in ranges):
+            continue
+        yield span, name
+
+
+def _kinds(sites: Iterable[Site]) -> dict[Span, str]:
+    return {norm.at.span: norm.kind for site in sites for norm in site.norms if norm.at is not None}
 
 
 def _norms_of_text(site: Site, kept: frozenset[tuple[Span, str]]) -> Site:

