@@ -21,7 +21,7 @@ branch. not-executed: in a method that ran, on a path that did not. hidden: seen
 
 @dataclass(frozen=True, order=True, slots=True)
 class Span:
-    """A range of source text. Lines count from 1, columns are UTF-8 byte offsets from 0 (as in `ast` and `co_positions`)."""
+    """A range of source text. Lines count from 1, columns are UTF-8 byte offsets from 0, as in `ast`."""
 
     file: str
     line: int
@@ -102,7 +102,7 @@ class Gate:
     alpha: str
     """Attribute of the owner: `alpha_attn`; for an existing gate its path from the owner: `ls1.gamma`."""
     child: str
-    """The owner's child that holds the branch's last weight ("" if none); the source route writes the alpha below it."""
+    """The owner's child that holds the branch's last weight ("" if none): the alpha is made below it."""
     branch: str
     """The branch as written in the source."""
     existing: bool = False

@@ -80,7 +80,7 @@ class Zipped(Stack):
         self.others = nn.ModuleList(Branch(width) for _ in range(depth))
 
     def forward(self, x):
-        for first, second in zip(self.blocks, self.others):
+        for first, second in zip(self.blocks, self.others, strict=True):
             x = x + first(x)
             x = x + torch.relu(second(x))
         return x

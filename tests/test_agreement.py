@@ -175,7 +175,17 @@ def test_the_static_route_agrees_with_the_live_one(case: File, tmp_path: Path, b
     assert cli.main([str(text), "--check", "--quiet"]) == 0  # a second run has nothing to do
 
 
-@pytest.mark.parametrize("case", [case for case in FILES if case.exact], ids=_name)
+_QUICK = ("examples/gpt.py", "torchvision.models.resnet", "transformers.models.llama.modeling_llama")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=() if case.module in _QUICK else pytest.mark.slow, id=_name(case))
+        for case in FILES
+        if case.exact
+    ],
+)
 def test_the_exact_route_writes_the_same_file(case: File, tmp_path: Path, built: Any) -> None:
     exact = ["--model", case.model, "--inputs", case.inputs]
     static, recorded = tmp_path / "static", tmp_path / "recorded"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
-import time
 import types
 import warnings
 from typing import Any

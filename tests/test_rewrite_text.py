@@ -34,7 +34,7 @@ def operand(text: str, part: str, index: int | str, nth: int = 0, first_line: in
 
 
 def is_method(part: str) -> bool:
-    """Whether an operation is written as a tensor's method in these tests: `x.add(y)`, not `torch.add` or `self.act`."""
+    """Whether an operation is written as a tensor's method: `x.add(y)`, not `torch.add` or `self.act`."""
     node = ast.parse(part.strip()).body[0]
     func = node.value.func if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) else None
     root = func.value if isinstance(func, ast.Attribute) else None

@@ -43,7 +43,7 @@ def _timm(name: str, blocks: int, size: int, **options: Any) -> Any:
 
 
 CASES = [
-    _timm("cait_xxs24_224", 2 * 24 + 2 + 1, 32, img_size=32),  # layers, class-attention layers, talking cls embedding
+    _timm("cait_xxs24_224", 2 * 24 + 2 * 2, 32, img_size=32),  # self-attention and class-attention layers
     _timm("xcit_nano_12_p16_224", 3 * 12 + 2 * 2, 32),
     _timm("nf_regnet_b0", 1 + 3 + 6 + 6, 64),
     _timm("regnety_004", 1 + 3 + 6 + 6, 64),
@@ -54,7 +54,7 @@ CASES = [
     _timm("convnextv2_atto", 2 + 2 + 6 + 2, 64),
     _timm("resnetv2_50", 16, 64),
     _timm("xception41", 12, 96),
-    _timm("crossvit_tiny_240", 2 * 3 * (2 * 1 + 2 * 1) // 2 * 3, 240),
+    _timm("crossvit_tiny_240", 3 * (2 * 1 + 2 * 4 + 2), 240),
     _hf("GPTNeoXForCausalLM", 4, **_T, **_IDS),
     _hf("CohereForCausalLM", 4, num_key_value_heads=2, **_T, **_IDS),
     _hf("FalconForCausalLM", 4, **{k: v for k, v in _T.items() if k != "intermediate_size"}, **_IDS),
@@ -66,7 +66,8 @@ CASES = [
     _hf("BartModel", 2 * 2 + 2 * 3, **_SEQ2SEQ),
     _hf("T5Model", 2 * 2 + 2 * 3, _pair, d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, vocab_size=99),
     _hf(
-        "WhisperModel", 2 * 2 + 2 * 3,
+        "WhisperModel",
+        2 * 2 + 2 * 3,
         lambda: {"input_features": torch.randn(2, 80, 60), "decoder_input_ids": torch.randint(3, 90, (2, 6))},
         max_source_positions=30, **_SEQ2SEQ,
     ),
@@ -74,7 +75,9 @@ CASES = [
     _hf("GraniteForCausalLM", 4, num_key_value_heads=2, residual_multiplier=0.5, **_T, **_IDS),
     _hf("MixtralForCausalLM", 4, num_key_value_heads=2, num_local_experts=2, **_T, **_IDS),
     _hf("MambaForCausalLM", 2, hidden_size=32, num_hidden_layers=2, vocab_size=99, state_size=4),
-    _hf("Wav2Vec2Model", 2 * 2 + 1, lambda: {"input_values": torch.randn(2, 8000)}, **_T),  # + positional convolution
+    _hf(  # two a layer, and the positional convolution
+        "Wav2Vec2Model", 2 * 2 + 1, lambda: {"input_values": torch.randn(2, 8000)}, apply_spec_augment=False, **_T
+    ),
 ]  # fmt: skip
 
 

@@ -88,7 +88,8 @@ def _layer(**options: Any) -> nn.TransformerEncoderLayer:
 
 CASES = (
     Case("fc stack", stack, lambda: torch.randn(3, 8), 100),
-    Case("encoder post-norm", lambda: nn.TransformerEncoder(_layer(batch_first=True), 2), lambda: torch.randn(2, 5, 16), 4),
+    Case("encoder post-norm", lambda: nn.TransformerEncoder(_layer(batch_first=True), 2),
+        lambda: torch.randn(2, 5, 16), 4),
     Case(
         "encoder pre-norm",
         lambda: nn.TransformerEncoder(_layer(norm_first=True), 2, enable_nested_tensor=False),

@@ -147,7 +147,7 @@ _FUNCTION_NORMS: dict[str, NormKind] = {
 
 
 def operation(target: Any) -> str:
-    """The plain name of a function or method: `torch.add`, `operator.iadd`, `"add_"` and `aten.add.Tensor` are "add"."""
+    """The plain name of a function or method: `torch.add`, `operator.iadd`, `"add_"`, `aten.add.Tensor` are "add"."""
     name = target if isinstance(target, str) else getattr(target, "_opname", None) or getattr(target, "__name__", "")
     name = str(name).strip("_") if str(name).startswith("__") else str(name)
     name = {"iadd": "add", "radd": "add", "isub": "sub", "rsub": "rsub", "imul": "mul", "rmul": "mul"}.get(name, name)

@@ -1,7 +1,7 @@
 """Adds inside plain functions: the gate goes on the argument that carries the branch, at the module's call.
 
-`dropout_add(x, residual, ...)` of Bloom is `residual + dropout(x)`: a scalar gate commutes with dropout and with changes
-of layout, so `dropout_add(alpha * x, residual, ...)` is the same.
+`dropout_add(x, residual, ...)` of Bloom is `residual + dropout(x)`: a scalar gate commutes with dropout and with
+changes of layout, so `dropout_add(alpha * x, residual, ...)` is the same.
 """
 
 from __future__ import annotations

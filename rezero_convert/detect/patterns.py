@@ -18,9 +18,9 @@ from ..capture.trace import Call, Trace, origin
 from ..plan import NormKind
 
 _POINTWISE = frozenset(
-    "add sub mul div pow square sqrt rsqrt exp expm1 log log1p tanh sigmoid erf erfc relu relu6 gelu silu mish elu selu "
-    "celu leaky_relu hardswish hardsigmoid hardtanh softplus softsign logsigmoid clamp clamp_min clamp_max minimum "
-    "maximum min max neg abs sin cos reciprocal threshold float to type_as clone rsub".split()
+    "add sub mul div pow square sqrt rsqrt exp expm1 log log1p tanh sigmoid erf erfc relu relu6 gelu silu mish "
+    "elu selu celu leaky_relu hardswish hardsigmoid hardtanh softplus softsign logsigmoid clamp clamp_min clamp_max "
+    "minimum maximum min max neg abs sin cos reciprocal threshold float to type_as clone rsub".split()
 )
 _REDUCTIONS = frozenset(
     "mean var std sum norm linalg_norm vector_norm linalg_vector_norm var_mean std_mean amax".split()

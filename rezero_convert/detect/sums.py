@@ -73,7 +73,7 @@ def operands(flow: Flow, node: int) -> tuple[Term, ...]:
 
 
 def _fused(flow: Flow, node: int) -> tuple[Term, ...]:
-    """`addcmul(x, f, g)` is x + f * g, the gate goes on a factor; `lerp(x, f, w)` is x + w * (f - x), seen, not edited."""
+    """`addcmul(x, f, g)` is x + f * g: the gate goes on a factor. `lerp(x, f, w)`, x + w * (f - x), is not edited."""
     target = flow.nodes[node]
     given = [flow.index[value] if isinstance(value, fx.Node) else None for value in target.args[:3]]
     if len(given) < 3 or given[0] is None:

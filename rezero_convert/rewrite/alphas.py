@@ -91,7 +91,8 @@ def _alphas_of(source: Source, cls: ast.ClassDef, gates: list[tuple[Gate, bool]]
     edits = []
     for gate, bound in gates:
         place, stmt = alpha_place(source, init, gate, bound)
-        line = f"{self_name(init)}.{gate.alpha} = {_parameter(gate, _factory(source, init, gate.child), names, self_name(init))}"
+        me = self_name(init)
+        line = f"{me}.{gate.alpha} = {_parameter(gate, _factory(source, init, gate.child), names, me)}"
         edits.append(insert(source, place, source.indent(stmt.lineno), [line]))
     return edits
 
