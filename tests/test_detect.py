@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -958,3 +959,45 @@ class TestLoops:
         assert site.calls == 3
         assert site.gates[0].loop is None
         assert [name for name, _ in rz.alphas(rz.convert(Iterated(), vectors()))] == ["alpha"]
+
+
+# Hidden adds
+
+
+def add_relu(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return x + torch.relu(y)
+
+
+def scripted(target: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates TorchScript
+        return torch.jit.script(target)
+
+
+class ScriptedBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(W, W)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.relu(self.linear(x))
+
+
+class CallsScript(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + torch.relu(self.b(x))
+        return self.join(x, self.a(x))  # type: ignore[no-any-return, operator]
+
+
+def test_an_add_in_a_scripted_function_is_hidden_and_the_others_are_found() -> None:
+    model = CallsScript(a=nn.Linear(W, W), b=nn.Linear(W, W), join=scripted(add_relu))
+    found = plan(model, vectors())
+    (hidden,) = found.of("hidden")
+    assert hidden.code == "RZ141"
+    assert hidden.text.startswith("return self.join(x, self.a(x))")
+    assert len(found.converted) == 1
+
+
+def test_an_add_in_a_scripted_child_is_hidden() -> None:
+    model = nn.Sequential(nn.Linear(W, W), scripted(ScriptedBlock()))
+    assert [site.code for site in plan(model, vectors()).of("hidden")] == ["RZ141"]

@@ -21,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import TensorWeakRef
 
 from ..errors import ConversionError
@@ -264,7 +265,18 @@ def tensors_in(value: Any, depth: int = _DEPTH) -> Iterator[Tensor]:
 def _run(model: nn.Module, inputs: Any, paths: dict[int, str], route: str, *, weak: bool) -> Trace:
     recorder = _Recorder(model, paths, weak=weak)
     _execute(recorder, model, inputs)
-    return Trace(recorder.graph, recorder.root, tuple(recorder.calls), route, model, scalars=recorder.scalars)
+    hidden = _hidden_adds(model, inputs, paths, weak=weak) if recorder.unexplained else ()
+    calls = tuple(recorder.calls)
+    return Trace(recorder.graph, recorder.root, calls, route, model, scalars=recorder.scalars, hidden=hidden)
+
+
+def _hidden_adds(model: nn.Module, inputs: Any, paths: dict[int, str], *, weak: bool) -> tuple[tuple[Frame, ...], ...]:
+    """Where a second run, watched from the dispatcher, adds tensors outside of any recorded call."""
+    recorder = _Recorder(model, paths, weak=weak)
+    watcher = _Watcher(recorder)
+    with watcher:
+        _execute(recorder, model, inputs)
+    return tuple(watcher.found)
 
 
 def _execute(recorder: _Recorder, model: nn.Module, inputs: Any) -> Any:
@@ -294,6 +306,24 @@ class _Known:
     keep: Any = None
 
 
+class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves its base untyped
+    """Notes the adds of two tensors that reach the dispatcher while the recorder is in no call."""
+
+    def __init__(self, recorder: _Recorder) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.recorder = recorder
+        self.found: list[tuple[Frame, ...]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if facts.operation(func) in ("add", "sub") and not self.recorder.inside:
+            tensors = [value for value in args if isinstance(value, Tensor)]
+            if len(tensors) > 1 and all(tensor.is_floating_point() for tensor in tensors):
+                self.found.append(self.recorder.reader.collect(sys._getframe(1)))
+        return func(*args, **(kwargs or {}))
+
+
 class _Recorder(TorchFunctionMode):
     """Builds the graph while the model runs."""
 
@@ -307,6 +337,10 @@ class _Recorder(TorchFunctionMode):
         self.root = Call("", type(model).__qualname__, facts.of_class(type(model)), None, (), model)
         self.calls = [self.root]
         self.scalars = 0
+        self.inside = False
+        """In a recorded call: what happens now is explained by its node."""
+        self.unexplained = False
+        """A tensor turned up that no recorded call made."""
         self._paths = paths
         self._weak = weak
         self._observe = observe
@@ -347,7 +381,11 @@ class _Recorder(TorchFunctionMode):
         if self._silent or (isinstance(func, OpOverload) and _called_by_torch(sys._getframe(1))):
             return func(*args, **kwargs)
         before = [(tensor, _version(tensor)) for tensor in _operands(args, kwargs)]
-        result = func(*args, **kwargs)
+        outside, self.inside = not self.inside, True
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            self.inside = not outside
         if isinstance(result, Tensor) or (result is None and before) or isinstance(result, (tuple, list)):
             fresh, changed = _effects(result, before)
             if fresh:
@@ -384,11 +422,13 @@ class _Recorder(TorchFunctionMode):
         args: tuple[Any, ...], kwargs: dict[str, Any],
     ) -> Any:  # fmt: skip
         before = [(tensor, _version(tensor)) for tensor in _operands(args, kwargs)]
-        self._silent = True
+        scripted = isinstance(module, torch.jit.ScriptModule)
+        self.unexplained |= scripted
+        self._silent, self.inside = True, not scripted
         try:
             result = _call_module(module, *args, **kwargs)
         finally:
-            self._silent = False
+            self._silent = self.inside = False
         fresh, changed = _effects(result, before)
         if fresh:
             path = self.reader.path(module)
@@ -487,6 +527,7 @@ class _Recorder(TorchFunctionMode):
             if path is None:
                 path = f"_constant_{self._constants}"
                 self._constants += 1
+                self.unexplained = True
             node = self.graph.create_node("get_attr", path)
             self._describe(node, attribute_facts(tensor), frames, tensor)
             self._bind(tensor, node)

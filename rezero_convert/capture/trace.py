@@ -75,6 +75,8 @@ class Trace:
     notes: tuple[str, ...] = ()
     scalars: int = 0
     """Adds seen that involve no pair of tensors (number plus tensor)."""
+    hidden: tuple[tuple[Frame, ...], ...] = ()
+    """Where adds ran that no recorded call explains: code compiled by TorchScript, C++."""
 
 
 def origin(node: fx.Node) -> Origin:

@@ -54,6 +54,7 @@ def detect(trace: Trace, options: Options | None = None) -> Plan:
     sites = _named(facts, drafts, others, options)
     sites += [_refused(facts, refusal) for refusal in refusals]
     sites += [_nested(facts, one) for one in nested if one.block not in gated_long]
+    sites += [_hidden(facts, frames) for frames in trace.hidden]
     ordered = sorted(_group(sites), key=_order)
     return Plan(tuple(ordered), options, trace.route, trace.scalars, trace.notes, _kept_calls(facts, ordered))
 
@@ -533,6 +534,21 @@ def _form(site: Site) -> str:
 
 def _refused(flow: Flow, refusal: Refusal) -> Site:
     return replace(_site(flow, refusal.sum, "refused", refusal.code), reason=refusal.reason)
+
+
+def _hidden(flow: Flow, frames: tuple[Frame, ...]) -> Site:
+    frame = frames[0] if frames else None
+    path = next((one.owner for one in frames if one.owner is not None), "")
+    return Site(
+        verdict="hidden",
+        code="RZ141",
+        reason="runs in compiled code (TorchScript or C++) that is called here; what it adds cannot be seen",
+        path=path,
+        cls=_class_name(flow, path),
+        place=frame.place if frame else None,
+        span=frame.span if frame else None,
+        text=code.line(frame.span) if frame else "",
+    )
 
 
 def _nested(flow: Flow, nested: Nested) -> Site:
