@@ -86,7 +86,9 @@ def update() -> None:
         if mark in text:
             start = text.index(mark)
             rest = text[start:]
-            end = start + (rest.index("```\n", rest.index("```diff")) + 4 if rest.startswith(f"{mark}```diff") else len(mark))
+            end = start + (
+                rest.index("```\n", rest.index("```diff")) + 4 if rest.startswith(f"{mark}```diff") else len(mark)
+            )
             text = text[:start] + section(name) + text[end:]
     for name in REFUSED:
         folder = CASES / "refused" / name

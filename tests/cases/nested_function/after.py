@@ -1,0 +1,17 @@
+import torch
+import torch.utils.checkpoint
+from torch import nn
+from torch.nn import functional as F
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+        self.alpha = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        def run(h):
+            return h + self.alpha * F.relu(self.linear(h))
+
+        return torch.utils.checkpoint.checkpoint(run, x, use_reentrant=False)
