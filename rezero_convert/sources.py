@@ -5,11 +5,16 @@ from __future__ import annotations
 import ast
 import linecache
 import tokenize
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 from .errors import ConversionError
 from .plan import Place, Span
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+_caches: list[Any] = []
 
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
@@ -19,8 +24,18 @@ def register(file: str, text: str) -> None:
     rows = [line + "\n" for line in text.split("\n")]
     if rows[-1] == "\n":
         rows.pop()  # the text ends with a line end, or is empty
+    before = linecache.getlines(file)
     linecache.cache[file] = (len(text), None, rows, file)
-    _forget()
+    if before and before != rows:
+        for cache in _caches:
+            cache.cache_clear()
+
+
+def cached(function: _Function) -> _Function:
+    """Remembers results that depend on source texts, until one of these changes."""
+    remembering = lru_cache(maxsize=8192)(function)
+    _caches.append(remembering)
+    return cast("_Function", remembering)
 
 
 def text(file: str) -> str:
@@ -39,13 +54,13 @@ def text(file: str) -> str:
         raise ConversionError(f"{file}: no source text ({error})") from error
 
 
-@lru_cache(maxsize=512)
+@cached
 def lines(file: str) -> tuple[str, ...]:
     """The lines of `file` with their ends. Only "\\n" ends a line here, as for Python's own line numbers."""
     return tuple(line + "\n" for line in text(file).split("\n"))
 
 
-@lru_cache(maxsize=512)
+@cached
 def tree(file: str) -> ast.Module:
     """The parsed file.
 
@@ -131,7 +146,7 @@ def _attribute_on(call: ast.Call, line: int) -> bool:
     return isinstance(call.func, ast.Attribute) and call.func.end_lineno == line
 
 
-@lru_cache(maxsize=512)
+@cached
 def _ends(file: str) -> dict[tuple[int, int], list[ast.expr | ast.stmt]]:
     """Expressions and augmented assignments by end position, outermost first."""
     index: dict[tuple[int, int], list[ast.expr | ast.stmt]] = {}
@@ -141,13 +156,8 @@ def _ends(file: str) -> dict[tuple[int, int], list[ast.expr | ast.stmt]]:
     return index
 
 
-@lru_cache(maxsize=512)
+@cached
 def _functions(file: str) -> tuple[FunctionNode, ...]:
     return tuple(
         node for node in ast.walk(tree(file)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
     )
-
-
-def _forget() -> None:
-    for cache in (lines, tree, _ends, _functions):
-        cache.cache_clear()

@@ -6,14 +6,13 @@ import ast
 import os
 import sys
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 
 from .. import sources
 from ..errors import ConversionError
 
 
-@lru_cache(maxsize=256)
+@sources.cached
 def home(file: str) -> str:
     """The installed file that `file` is a copy of, `file` itself if it is in a package or a copy of none.
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import ast
 import itertools
 from collections.abc import Iterator
-from functools import lru_cache
 
 from torch import fx
 
@@ -145,7 +144,7 @@ def _is_entry(cls: ClassRef, found: Method) -> bool:
     return not any(name in _used(ref) for ref in lineage(cls) if isinstance(ref, ClassRef))
 
 
-@lru_cache(maxsize=4096)
+@sources.cached
 def _used(cls: ClassRef) -> frozenset[str]:
     """Attributes of `self` that the class's text mentions."""
     return frozenset(

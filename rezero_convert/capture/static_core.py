@@ -11,11 +11,12 @@ from __future__ import annotations
 import ast
 import dataclasses
 from dataclasses import dataclass, field
-from functools import lru_cache, singledispatch
+from functools import singledispatch
 from typing import Any
 
 from torch import fx
 
+from .. import sources
 from . import facts
 from .facts import Facts
 from .static_values import (
@@ -82,7 +83,7 @@ def of_target(target: Any) -> Facts:
     return _facts_of(target)
 
 
-@lru_cache(maxsize=4096)
+@sources.cached
 def _facts_of(target: Any) -> Facts:
     return facts.of_function(target)
 

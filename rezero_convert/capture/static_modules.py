@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-from functools import lru_cache
 from typing import Any
 
 from torch import nn
 
+from .. import sources
 from ..plan import Place
 from . import facts
 from . import static_builtins as builtins
@@ -155,7 +155,7 @@ def call_elements(instance: Instance, arguments: Arguments, at: ast.expr, scope:
     return value
 
 
-@lru_cache(maxsize=8192)
+@sources.cached
 def class_facts(cls: ClassRef) -> Facts:
     """Facts of a class by its bases: one derived from `nn.LayerNorm` is a norm, fused if it applies an activation."""
     base = torch_base(cls)
@@ -288,7 +288,7 @@ def inline(callee: Bound | Closure | FunctionRef, arguments: Arguments, at: ast.
     return result
 
 
-@lru_cache(maxsize=4096)
+@sources.cached
 def _returns(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
     """Whether the function returns a value."""
     return any(isinstance(part, ast.Return) and part.value is not None for part in ast.walk(node))

@@ -16,7 +16,6 @@ import os
 import sys
 import types
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib.machinery import PathFinder
 from typing import Any
 
@@ -238,7 +237,7 @@ def dotted(file: str, node: ast.expr) -> Reference | None:
     return None
 
 
-@lru_cache(maxsize=8192)
+@sources.cached
 def lineage(cls: ClassRef) -> tuple[ClassRef | Known | External, ...]:
     """The class and its bases in (approximate) method resolution order, as far as text reaches."""
     order: list[ClassRef | Known | External] = []
@@ -247,7 +246,7 @@ def lineage(cls: ClassRef) -> tuple[ClassRef | Known | External, ...]:
     return tuple(ref for position, ref in enumerate(order) if last[ref] == position)
 
 
-@lru_cache(maxsize=8192)
+@sources.cached
 def torch_base(cls: ClassRef) -> type[nn.Module] | None:
     """The most specific class of torch that `cls` derives from, if it is an `nn.Module`."""
     for ref in lineage(cls):
@@ -257,7 +256,7 @@ def torch_base(cls: ClassRef) -> type[nn.Module] | None:
     return nn.Module if any(isinstance(ref, Known) and ref.obj is nn.Module for ref in lineage(cls)) else None
 
 
-@lru_cache(maxsize=8192)
+@sources.cached
 def is_module(cls: ClassRef) -> bool:
     """Whether `cls` is an `nn.Module`. With a base whose text cannot be had: whether it defines `forward`."""
     if torch_base(cls) is not None:
@@ -310,7 +309,7 @@ def class_attribute(cls: ClassRef, name: str) -> tuple[ClassRef, ast.expr] | Non
     return None
 
 
-@lru_cache(maxsize=8192)
+@sources.cached
 def members(cls: ClassRef) -> dict[str, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.expr]:
     """What the body of a class binds: definitions and assigned expressions, by name."""
     found: dict[str, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.expr] = {}
@@ -332,7 +331,7 @@ def members(cls: ClassRef) -> dict[str, ast.FunctionDef | ast.AsyncFunctionDef |
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__))
 
 
-@lru_cache(maxsize=8192)
+@sources.cached
 def locate(file: str, module: str, level: int) -> FileRef | Known | None:
     """The module an import statement of `file` names; None if it can be neither read nor is torch's."""
     if level:
@@ -363,7 +362,7 @@ def locate(file: str, module: str, level: int) -> FileRef | Known | None:
     return _below(home, [top, *rest]) if home is not None else None
 
 
-@lru_cache(maxsize=1024)
+@sources.cached
 def _package(top: str) -> str | None:
     """The folder on `sys.path` that holds the top-level module `top`. Finding a top-level module imports nothing."""
     try:
@@ -394,7 +393,7 @@ def _below(folder: str, parts: list[str]) -> FileRef | None:
     return None
 
 
-@lru_cache(maxsize=16384)
+@sources.cached
 def _in_folder(folder: str, name: str) -> str | None:
     """The file of module `name` in `folder`, the folder itself for a package without `__init__.py`."""
     base = os.path.join(folder, name)

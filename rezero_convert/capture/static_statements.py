@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable
-from functools import lru_cache
 
+from .. import sources
 from .static_access import MAX_UNROLL, assign, iterate
 from .static_core import evaluate, execute, perform
 from .static_expressions import binary, evaluate_test, truth
@@ -183,11 +183,11 @@ def _widen(loop: ast.For | ast.AsyncFor | ast.While, scope: Scope) -> None:
             scope.env[name] = UNKNOWN
 
 
-@lru_cache(maxsize=4096)
+@sources.cached
 def _stored(loop: ast.stmt) -> frozenset[str]:
     return frozenset(n.id for n in ast.walk(loop) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
 
 
-@lru_cache(maxsize=4096)
+@sources.cached
 def _has_escape(loop: ast.stmt) -> bool:
     return any(isinstance(n, (ast.Break, ast.Continue, ast.Return, ast.Yield)) for n in ast.walk(loop))

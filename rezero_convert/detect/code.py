@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import inspect
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 from .. import sources
@@ -24,7 +23,7 @@ class Definition(NamedTuple):
     """Its methods that the class in question overrides and never calls."""
 
 
-@lru_cache(maxsize=4096)
+@sources.cached
 def line(span: Span) -> str:
     """The source line of a span, stripped; "" if there is no text."""
     try:
@@ -34,7 +33,7 @@ def line(span: Span) -> str:
     return rows[span.line - 1].strip() if span.line <= len(rows) else ""
 
 
-@lru_cache(maxsize=4096)
+@sources.cached
 def expression(span: Span) -> ast.AST | None:
     """The syntax at a span; None where there is no text."""
     try:
@@ -43,7 +42,7 @@ def expression(span: Span) -> ast.AST | None:
         return None
 
 
-@lru_cache(maxsize=4096)
+@sources.cached
 def operand(at: Operand) -> ast.expr | None:
     """The expression of an operand (see `Operand` for what its index means)."""
     node = expression(at.span)
@@ -110,7 +109,7 @@ def _is_number(node: ast.expr) -> bool:
     return isinstance(node, (ast.Constant, ast.JoinedStr, ast.List, ast.Tuple, ast.ListComp))
 
 
-@lru_cache(maxsize=4096)
+@sources.cached
 def text(at: Operand) -> str:
     """An operand as written, on one line."""
     node = operand(at)
@@ -119,7 +118,7 @@ def text(at: Operand) -> str:
     return " ".join(sources.segment(sources.span_of(at.span.file, node)).split())
 
 
-@lru_cache(maxsize=4096)
+@sources.cached
 def callee(place: Place, span: Span) -> str | None:
     """What a call calls as a path on `self`: `self.mlp.norm(x)` gives "mlp.norm"; None for other callees."""
     node = expression(span)
@@ -134,7 +133,7 @@ def callee(place: Place, span: Span) -> str | None:
     return ".".join(reversed(names)) if own and names else None
 
 
-@lru_cache(maxsize=4096)
+@sources.cached
 def self_name(place: Place) -> str:
     """What a method calls its module: the name of its first argument."""
     try:
@@ -149,7 +148,7 @@ def first_argument(definition: sources.FunctionNode) -> str:
     return args[0].arg if args else ""
 
 
-@lru_cache(maxsize=4096)
+@sources.cached
 def uses(
     file: str, qualname: str, attribute: str, hidden: frozenset[str] = frozenset()
 ) -> tuple[tuple[Span, ...], tuple[Span, ...]]:
@@ -215,7 +214,7 @@ def is_path(node: ast.AST, root: str, path: str) -> bool:
     return isinstance(node, ast.Name) and node.id == root
 
 
-@lru_cache(maxsize=4096)
+@sources.cached
 def definitions(cls: Any) -> tuple[Definition, ...]:
     """A class and those of its bases that are written outside `torch.nn.Module`."""
     found = []
@@ -242,7 +241,7 @@ def _asks_bases(method: Any) -> bool:
     return "super" in compiled.co_names or "__class__" in compiled.co_freevars or method.__name__ in compiled.co_names
 
 
-@lru_cache(maxsize=4096)
+@sources.cached
 def assigned(file: str, qualname: str) -> frozenset[str]:
     """The attributes that a class's own code sets on `self`, and the names in its body."""
     definition = sources.class_of(file, qualname)
@@ -262,7 +261,7 @@ def _is_store(node: ast.Attribute) -> bool:
     return isinstance(node.ctx, ast.Store)
 
 
-@lru_cache(maxsize=64)
+@sources.cached
 def zeroed(file: str) -> frozenset[str]:
     """What initialisers in a file fill with zeros, as paths on some module: "norm.weight" for `m.norm.weight`."""
     found = set()

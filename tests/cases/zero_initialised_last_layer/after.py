@@ -9,7 +9,7 @@ class Block(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, padding=1)
         self.alpha = nn.Parameter(torch.zeros(1))
         self.bn = nn.BatchNorm2d(width)
-        nn.init.zeros_(self.bn.weight)
+        nn.init.ones_(self.bn.weight)
 
     def forward(self, x):
         return x + self.alpha * self.bn(self.conv(F.relu(x)))
