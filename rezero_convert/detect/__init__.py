@@ -3,37 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
-from fnmatch import fnmatch
+from dataclasses import replace
 from typing import Any
-
-from torch import nn
 
 from .. import known
 from ..capture.static import exclusive
 from ..capture.trace import Frame, Trace, origin
-from ..plan import Activation, Gate, Loop, Norm, Operand, Options, Place, Plan, Repair, Site, Span, Verdict
-from . import arms, code, gates, helpers, loops, names, norms
-from .blocks import Block, Branch, Nested, Refusal, describe, find, has_weight, owner_call
+from ..plan import Loop, Norm, Options, Place, Plan, Site, Span
+from . import arms, code, loops, names, norms
+from .blocks import Block, Nested, Refusal, find, owner_call
+from .drafts import Draft, class_name, frame_of, of_block, relative, request, site_of
 from .flow import Flow, flow
-from .sums import Sum, Term
 
 __all__ = ["detect"]
-
-_KEPT_ACTIVATIONS = frozenset({"sigmoid", "softmax", "Sigmoid", "Softmax", "Softmax2d", "LogSoftmax", "log_softmax"})
-
-
-@dataclass(frozen=True, slots=True)
-class _Draft:
-    """A block on its way to a site."""
-
-    block: Block
-    site: Site
-    members: tuple[norms.Member, ...] = ()
-    requests: tuple[names.Request | None, ...] = ()
-    """Per branch; None for a gate that is reused."""
-    weights: tuple[str, ...] = ()
-    """The modules whose weights the branches end in; tells iterations of a loop apart."""
 
 
 def detect(trace: Trace, options: Options | None = None) -> Plan:
@@ -47,7 +29,7 @@ def detect(trace: Trace, options: Options | None = None) -> Plan:
     facts = flow(trace)
     blocks, refusals, nested = find(facts)
     gated_long = [one.block for one in nested if options.long_skips and one.verdict == "long-skip"]
-    drafts = [_draft(facts, block, options) for block in (*blocks, *gated_long)]
+    drafts = [of_block(facts, block, options) for block in (*blocks, *gated_long)]
     drafts = _post_norms(facts, drafts, options)
     others = _unexecuted(facts, drafts, options)
     drafts = _settle_norms(facts, _merge(facts, drafts, refusals), others)
@@ -64,250 +46,7 @@ def _order(site: Site) -> tuple[str, int, int, str]:
     return (span.file, span.line, span.col, site.path) if span else ("", 0, 0, site.path)
 
 
-# One block
-
-
-def _draft(flow: Flow, block: Block, options: Options) -> _Draft:
-    """All that can be said of a block by itself."""
-    site = _site(
-        flow, block.sum, "converted", {"identity": "RZ101", "projection": "RZ102", "slice": "RZ103"}[block.kind]
-    )
-    placed = _unwanted(site, options) or _placed(flow, block, site)
-    if not isinstance(placed[0], Site):
-        number, reason = placed
-        return _Draft(block, replace(site, verdict="refused", code=str(number), reason=str(reason)))
-    site, operands = placed
-    activation = _activation(flow, block, site, options)
-    moved = activation is not None and activation.action == "move"
-    members = [member for branch in block.branches for member in norms.of_branch(flow, branch, block, options)]
-    made: list[Gate] = []
-    requests: list[names.Request | None] = []
-    weights: list[str] = []
-    repairs: list[Repair] = []
-    for branch in block.branches:
-        found = gates.existing(flow, branch)
-        settled = _present(flow, site, found)
-        if settled is not None:
-            return _Draft(block, settled)
-        gate, repair, last = _gate(flow, branch, site, operands[branch.term], found, moved, options)
-        made.append(gate)
-        weights.append(last)
-        requests.append(None if gate.existing else _request(flow, site, operands[branch.term], gate.child))
-        repairs += repair
-        if not options.preserve:
-            repairs += gates.repairs(flow, branch)
-    site = replace(
-        site,
-        reason=_reason(flow, block),
-        skip=code.text(operands[block.shortcut]),
-        skip_kind=block.kind,
-        gates=tuple(made),
-        activation=activation,
-        repairs=tuple(dict.fromkeys(repairs)),
-        confidence=1.0 if block.certain else 0.8,
-    )
-    return _Draft(block, site, tuple(members), tuple(requests), tuple(weights))
-
-
-def _request(flow: Flow, site: Site, at: Operand, child: str) -> names.Request:
-    module = _module(flow, site.path)
-    bases = [base.__qualname__ for base in type(module).__mro__] if module is not None else [site.cls]
-    rank = bases.index(at.place.cls) if at.place.cls in bases else int(at.place.cls != site.cls)
-    return names.Request(site.cls, rank, at, child)
-
-
-def _reason(flow: Flow, block: Block) -> str:
-    skip = describe(flow, block.skip)
-    if block.kind == "identity":
-        return "every other operand is computed from the skip"
-    return f"the skip is {describe(flow, block.shortcut.value)} of {skip}, the branch is computed from the same value"
-
-
-def _site(flow: Flow, whole: Sum, verdict: Verdict, number: str) -> Site:
-    frames = flow.origin(whole.node).frames
-    frame = frames[0] if frames else None
-    owner = frames[-1].owner if frames else None
-    call = owner_call(flow, whole.node)
-    path = owner if owner is not None else call.path
-    return Site(
-        verdict=verdict,
-        code=number,
-        reason="",
-        path=path,
-        cls=_class_name(flow, path) or call.cls,
-        place=frame.place if frame else None,
-        span=frame.span if frame else None,
-        text=code.line(frame.span) if frame else "",
-    )
-
-
-def _class_name(flow: Flow, path: str) -> str:
-    module = _module(flow, path)
-    return type(module).__qualname__ if module is not None else ""
-
-
-def _module(flow: Flow, path: str) -> nn.Module | None:
-    if flow.trace.model is None:
-        return None
-    try:
-        return flow.trace.model.get_submodule(path)
-    except AttributeError:
-        return None
-
-
-def _frame(flow: Flow, node: int) -> Frame | None:
-    frames = flow.origin(node).frames
-    return frames[0] if frames else None
-
-
-def _operand(flow: Flow, add: int, index: int | str) -> Operand:
-    frame = _frame(flow, add)
-    assert frame is not None
-    return Operand(frame.place, frame.span, index, _is_receiver(flow, add, frame.span))
-
-
-def _is_receiver(flow: Flow, node: int, span: Span) -> bool:
-    return flow.nodes[node].op == "call_method" and code.is_receiver(span)
-
-
-def _placed(flow: Flow, block: Block, site: Site) -> tuple[Site, dict[Term, Operand]] | tuple[str, str]:
-    """The site at the text that is to be edited, and the operands there; or code and reason why there is none."""
-    operands: dict[Term, Operand] = {}
-    for term in block.sum.terms:
-        frames = flow.origin(term.add).frames
-        problem = _unreadable(frames)
-        if problem is not None:
-            return problem
-        at = _operand(flow, term.add, term.operand)
-        if code.operand(at) is None:
-            return "RZ912", "the operands of the add are not found in its text"
-        if _in_helper(frames) and term is not block.shortcut:
-            argument = helpers.argument(frames, at)
-            if not isinstance(argument, Operand):
-                return "RZ912", argument
-            at = argument
-        operands[term] = at
-    frames = flow.origin(block.sum.node).frames
-    if _in_helper(frames):
-        site = replace(site, place=frames[-1].place, span=frames[-1].span, text=code.line(frames[-1].span))
-    return site, operands
-
-
-def _in_helper(frames: tuple[Frame, ...]) -> bool:
-    """Whether an add ran in a function other than the method (a comprehension is part of its method)."""
-    return frames[0].owner is None and frames[0].place != frames[-1].place
-
-
-def _unreadable(frames: tuple[Frame, ...]) -> tuple[str, str] | None:
-    if not frames:
-        return "RZ909", "the add lies outside the model's own code"
-    if code.expression(frames[0].span) is None:
-        return "RZ909", f"there is no source text for {frames[0].place.qualname}"
-    if not code.is_add(frames[0].span):
-        return "RZ912", "the sum is not written as an add of its operands"
-    if frames[-1].owner is None:
-        return "RZ912", f"the add is inside the function {frames[0].place.qualname}, which no module's method calls"
-    return None
-
-
-def _unwanted(site: Site, options: Options) -> tuple[str, str] | None:
-    """Whether the user's patterns leave the block out."""
-    where = (site.path, f"{site.cls}.{site.place.name}" if site.place else site.cls, site.cls)
-    if options.include and not any(fnmatch(name, pattern) for pattern in options.include for name in where):
-        return "RZ900", "not among the included modules"
-    hit = next((pattern for pattern in options.exclude if any(fnmatch(name, pattern) for name in where)), None)
-    return ("RZ900", f"excluded by {hit!r}") if hit is not None else None
-
-
-def _present(flow: Flow, site: Site, found: gates.Found | None) -> Site | None:
-    """The site of a block that is left alone because it is gated already."""
-    if found is None:
-        return None
-    if found.kind == "input":
-        reason = f"its gate is computed from the input by {found.parameter}, which is zero: already the identity"
-        return replace(site, verdict="gated", code="RZ908", reason=reason)
-    name = _relative(found.parameter, site.path)
-    ours = name in getattr(_module(flow, site.path), "rezero_gates", ())
-    state = {True: "zero now", False: "not zero: trained, left alone", None: "left alone"}[found.zero]
-    if ours or found.kind == "scalar" or found.zero:
-        gate = Gate(None, name, "", "", existing=True, init=None)
-        reason = f"already gated by {gate.alpha} ({state})"
-        return replace(site, verdict="gated", code="RZ120", reason=reason, gates=(gate,))
-    return None
-
-
-def _gate(
-    flow: Flow, branch: Branch, site: Site, at: Operand, found: gates.Found | None, moved: bool, options: Options
-) -> tuple[Gate, list[Repair], str]:
-    """The gate of a branch, the repairs that it needs, and the module of the branch's last weight."""
-    last = _last_weight(flow, branch, site.path)
-    child = _relative(last, site.path).partition(".")[0] if last is not None else ""
-    written = code.text(at)
-    start = None if options.preserve else float(options.alpha_init)
-    if found is not None and not moved:
-        inside = found.parameter == site.path or found.parameter.startswith(f"{site.path}." if site.path else "")
-        if inside and not found.conditional:
-            name = _relative(found.parameter, site.path)
-            shape = flow.shape(found.root) or (1,)
-            return Gate(None, name, child, written, True, False, start, shape), [], last or ""
-        if inside:
-            return Gate(at, "", child, written, False, True, start), [], last or ""
-    repair = [Repair(found.parameter, "ones")] if found is not None and found.zero and moved else []
-    return Gate(at, "", child, written, init=1.0 if start is None else start), repair, last or ""
-
-
-def _relative(path: str, owner: str) -> str:
-    return path.removeprefix(f"{owner}.") if owner else path
-
-
-def _last_weight(flow: Flow, branch: Branch, owner: str) -> str | None:
-    """The path of the last weight of a branch below its owner."""
-    prefix = f"{owner}." if owner else ""
-    for node in reversed(branch.region[1:]):
-        if not has_weight(flow, node):
-            continue
-        target = flow.nodes[node]
-        if target.op == "call_module":
-            path: str | None = str(target.target)
-        else:
-            path = next((flow.parameter(source) for source in flow.inputs[node] if flow.parameter(source)), None)
-        if path is not None and path.startswith(prefix):
-            return path
-    return None
-
-
-def _activation(flow: Flow, block: Block, site: Site, options: Options) -> Activation | None:
-    """The activation of the sum, if the module that adds applies one."""
-    node = block.sum.node
-    users = flow.users[node]
-    active = [user for user in users if flow.facts[user].kind == "activation"]
-    if not active:
-        return None
-    user = active[0]
-    step = flow.steps.get(user)
-    frames = step.frames if step is not None else flow.origin(user).frames
-    parent = step.parent if step is not None else flow.origin(user).call
-    if not frames or frames[-1].owner != site.path or parent is not owner_call(flow, node):
-        return None
-    at = Operand(frames[0].place, frames[0].span, 0, step is None and _is_receiver(flow, user, frames[0].span))
-    if code.operand(at) is None:
-        at = replace(at, index="input")
-    kind = flow.facts[user].type
-    if options.activation == "keep":
-        return Activation(kind, at, "keep", "kept by choice")
-    if len(users) > 1 or flow.nodes[node] in owner_call(flow, node).outputs:
-        return Activation(kind, at, "keep", "the sum before it is read elsewhere too")
-    if kind in _KEPT_ACTIVATIONS:
-        return Activation(kind, at, "keep", f"{kind} of a sum is not an activation of the branch")
-    if frames[0].place != site.place or code.operand(at) is None:
-        return Activation(kind, at, "keep", "its call cannot be moved to the add")
-    return Activation(kind, at, "move", "moved into the branch")
-
-
-# All blocks together
-
-
-def _post_norms(flow: Flow, drafts: list[_Draft], options: Options) -> list[_Draft]:
+def _post_norms(flow: Flow, drafts: list[Draft], options: Options) -> list[Draft]:
     """Add the norm of the sum where it follows every occurrence of an add; else it is the norm before a head."""
     following: dict[Span | None, list[int | None]] = {}
     for draft in drafts:
@@ -335,7 +74,7 @@ def _next_norm(flow: Flow, block: Block) -> int | None:
     return users[0] if len(users) == 1 and flow.facts[users[0]].kind == "norm" else None
 
 
-def _unexecuted(flow: Flow, drafts: list[_Draft], options: Options) -> list[arms.Arm]:
+def _unexecuted(flow: Flow, drafts: list[Draft], options: Options) -> list[arms.Arm]:
     """Residual adds on paths that the recorded run did not take."""
     if flow.trace.model is None:
         return []
@@ -345,12 +84,12 @@ def _unexecuted(flow: Flow, drafts: list[_Draft], options: Options) -> list[arms
         frames = origin(node).frames
         if frames and frames[-1].owner is not None:
             path = frames[-1].owner
-            ran.setdefault((path, _class_name(flow, path)), set()).add(frames[-1].place)
+            ran.setdefault((path, class_name(flow, path)), set()).add(frames[-1].place)
     read = arms.reader(lambda trace: detect(trace, options), executed)
     return list(arms.unexecuted(ran, (draft.site for draft in drafts), executed, read))
 
 
-def _settle_norms(flow: Flow, drafts: list[_Draft], others: list[arms.Arm]) -> list[_Draft]:
+def _settle_norms(flow: Flow, drafts: list[Draft], others: list[arms.Arm]) -> list[Draft]:
     """Keep the norms that something else needs."""
     bypassed = {norm.at.span for arm in others for norm in arms.norms(arm) if norm.action == "bypass" and norm.at}
     held = [
@@ -387,7 +126,7 @@ def _kept_calls(flow: Flow, sites: Iterable[Site]) -> tuple[tuple[Span, str], ..
 def _definitions(flow: Flow, site: Site, norm: Norm) -> tuple[tuple[code.Definition, ...], bool]:
     """The classes whose code may use a norm, and whether what they read of it is never reached."""
     holder = norm.path.removesuffix(norm.attribute).rstrip(".")
-    module = _module(flow, holder) if norm.attribute else None
+    module = flow.module(holder) if norm.attribute else None
     if module is not None:
         cls: Any = type(module)
         return code.definitions(cls), known.reads_are_dead(cls)
@@ -397,23 +136,23 @@ def _definitions(flow: Flow, site: Site, norm: Norm) -> tuple[tuple[code.Definit
     return (code.Definition(place.file, place.cls),), known.text_is_of_torch(place.file, place.cls)
 
 
-def _with_norms(draft: _Draft, final: dict[Norm, Norm]) -> Site:
+def _with_norms(draft: Draft, final: dict[Norm, Norm]) -> Site:
     own = tuple(dict.fromkeys(final[member.norm] for member in draft.members))
     gone = {norm.path for norm in own if norm.action != "keep"}
     repairs = tuple(repair for repair in draft.site.repairs if repair.parameter.rpartition(".")[0] not in gone)
     return replace(draft.site, norms=own, repairs=repairs)
 
 
-def _merge(flow: Flow, drafts: list[_Draft], refusals: list[Refusal]) -> list[_Draft]:
+def _merge(flow: Flow, drafts: list[Draft], refusals: list[Refusal]) -> list[Draft]:
     """One draft per add in the code of an instance: a module that runs twice is decided once."""
     refused = {(site.path, site.span) for refusal in refusals for site in (_refused(flow, refusal),)}
-    groups: dict[tuple[str, Span | None], list[_Draft]] = {}
+    groups: dict[tuple[str, Span | None], list[Draft]] = {}
     for draft in drafts:
         groups.setdefault((draft.site.path, draft.site.span), []).append(draft)
     return [_merged(flow, group, key in refused) for key, group in groups.items()]
 
 
-def _merged(flow: Flow, group: list[_Draft], refused: bool) -> _Draft:
+def _merged(flow: Flow, group: list[Draft], refused: bool) -> Draft:
     """The runs of one add as one draft; with a list of alphas where it adds the branches of several modules."""
     first = group[0]
     site = replace(first.site, calls=len(group))
@@ -426,7 +165,7 @@ def _merged(flow: Flow, group: list[_Draft], refused: bool) -> _Draft:
     passes = [draft for draft in group if owner_call(flow, draft.block.sum.node) is call]
     made = list(site.gates)
     for number, gate in enumerate(made):
-        weights = [_relative(draft.weights[number], site.path) for draft in passes]
+        weights = [relative(draft.weights[number], site.path) for draft in passes]
         if len(weights) == 1 and "*" not in weights[0]:
             continue
         if "" in weights:
@@ -442,19 +181,19 @@ def _merged(flow: Flow, group: list[_Draft], refused: bool) -> _Draft:
     return replace(first, site=replace(site, gates=tuple(made), repairs=repairs), members=members)
 
 
-def _undecided(draft: _Draft, site: Site, reason: str) -> _Draft:
-    return _Draft(draft.block, replace(_bare(site), verdict="refused", code="RZ911", reason=reason))
+def _undecided(draft: Draft, site: Site, reason: str) -> Draft:
+    return Draft(draft.block, replace(_bare(site), verdict="refused", code="RZ911", reason=reason))
 
 
 def _bare(site: Site) -> Site:
     return replace(site, gates=(), norms=(), activation=None, repairs=(), skip="", skip_kind="")
 
 
-def _named(flow: Flow, drafts: list[_Draft], others: list[arms.Arm], options: Options) -> list[Site]:
+def _named(flow: Flow, drafts: list[Draft], others: list[arms.Arm], options: Options) -> list[Site]:
     """Give the alphas their names, the sites their form; arms that did not run count as adds of their class."""
     requests = [request for draft in drafts for request in draft.requests if request is not None]
     requests += [
-        _request(flow, replace(arm.found, path=arm.path, cls=arm.cls), gate.at, gate.child)
+        request(flow, replace(arm.found, path=arm.path, cls=arm.cls), gate.at, gate.child)
         for arm in others
         for gate in arm.found.gates
         if gate.at
@@ -486,15 +225,15 @@ def _named(flow: Flow, drafts: list[_Draft], others: list[arms.Arm], options: Op
     return sites
 
 
-def _taken(flow: Flow, drafts: list[_Draft]) -> Callable[[str, str], bool]:
+def _taken(flow: Flow, drafts: list[Draft]) -> Callable[[str, str], bool]:
     """Whether a class already has an attribute of a name, by its instances and by its text."""
-    owners: dict[str, list[_Draft]] = {}
+    owners: dict[str, list[Draft]] = {}
     for draft in drafts:
         owners.setdefault(draft.site.cls, []).append(draft)
 
     def taken(cls: str, name: str) -> bool:
         for draft in owners.get(cls, ()):
-            module = _module(flow, draft.site.path)
+            module = flow.module(draft.site.path)
             if module is not None:
                 before = draft.site.verdict != "converted" and name in module.__dict__.get("rezero_gates", ())
                 if hasattr(module, name) and not before:
@@ -533,7 +272,7 @@ def _form(site: Site) -> str:
 
 
 def _refused(flow: Flow, refusal: Refusal) -> Site:
-    return replace(_site(flow, refusal.sum, "refused", refusal.code), reason=refusal.reason)
+    return replace(site_of(flow, refusal.sum, "refused", refusal.code), reason=refusal.reason)
 
 
 def _hidden(flow: Flow, frames: tuple[Frame, ...]) -> Site:
@@ -544,7 +283,7 @@ def _hidden(flow: Flow, frames: tuple[Frame, ...]) -> Site:
         code="RZ141",
         reason="runs in compiled code (TorchScript or C++) that is called here; what it adds cannot be seen",
         path=path,
-        cls=_class_name(flow, path),
+        cls=class_name(flow, path),
         place=frame.place if frame else None,
         span=frame.span if frame else None,
         text=code.line(frame.span) if frame else "",
@@ -552,8 +291,8 @@ def _hidden(flow: Flow, frames: tuple[Frame, ...]) -> Site:
 
 
 def _nested(flow: Flow, nested: Nested) -> Site:
-    site = _site(flow, nested.block.sum, nested.verdict, {"long-skip": "RZ130", "interior": "RZ131"}[nested.verdict])
-    other = _frame(flow, nested.other.sum.node)
+    site = site_of(flow, nested.block.sum, nested.verdict, {"long-skip": "RZ130", "interior": "RZ131"}[nested.verdict])
+    other = frame_of(flow, nested.other.sum.node)
     where = str(other.span) if other is not None else "another add"
     reason = (
         f"spans the block at {where}" if nested.verdict == "long-skip" else f"inside the branch of the block at {where}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torch import fx
+from torch import fx, nn
 
 from ..capture.facts import Facts, operation
 from ..capture.trace import Call, Origin, Trace, origin
@@ -60,6 +60,15 @@ class Flow:
         """The path of the parameter or buffer, if the node is one."""
         target = self.nodes[node]
         return str(target.target) if target.op == "get_attr" else None
+
+    def module(self, path: str) -> nn.Module | None:
+        """The live module at a path; None on the static route."""
+        if self.trace.model is None:
+            return None
+        try:
+            return self.trace.model.get_submodule(path)
+        except AttributeError:
+            return None
 
     def reaches(self, target: int, start: int, *, avoid: frozenset[int] = frozenset()) -> bool:
         """Whether the value of `target` depends on that of `start`, by a path around `avoid`."""

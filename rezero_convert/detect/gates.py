@@ -166,7 +166,7 @@ def _computing_layer(flow: Flow, node: int) -> str | None:
     while True:
         if flow.facts[node].kind == "linear" and flow.nodes[node].op == "call_module":
             path = str(flow.nodes[node].target)
-            module = _module(flow, path)
+            module = flow.module(path)
             parameters = [] if module is None else list(module.parameters(recurse=False))
             return path if parameters and all(is_zero(value) for value in parameters) else None
         sources = flow.inputs[node]
@@ -202,7 +202,7 @@ def _written_repairs(flow: Flow, node: int) -> Iterator[Repair]:
 
 
 def _layer_repairs(flow: Flow, path: str, kind: str) -> Iterator[Repair]:
-    module = _module(flow, path)
+    module = flow.module(path)
     if module is None or kind not in ("norm", "linear", "attention"):
         return
     last = getattr(module, "out_proj", module) if kind == "attention" else module
@@ -255,15 +255,6 @@ def is_zero(value: object) -> bool:
 
 def parameter(flow: Flow, path: str) -> torch.Tensor | None:
     """The live parameter or buffer at a path, None on the static route."""
-    module = _module(flow, path.rpartition(".")[0])
+    module = flow.module(path.rpartition(".")[0])
     value = getattr(module, path.rpartition(".")[2], None) if module is not None else None
     return value if isinstance(value, torch.Tensor) else None
-
-
-def _module(flow: Flow, path: str) -> nn.Module | None:
-    if flow.trace.model is None:
-        return None
-    try:
-        return flow.trace.model.get_submodule(path)
-    except AttributeError:
-        return None

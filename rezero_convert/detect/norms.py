@@ -73,7 +73,7 @@ def _decide(flow: Flow, node: int, position: Position, readers: list[int], optio
 
 def _is_hooked(flow: Flow, path: str) -> bool:
     """Whether the norm module does more than its class says: hooks run with it."""
-    module = _module(flow.trace.model, path) if flow.trace.model is not None and path else None
+    module = flow.module(path) if flow.trace.model is not None and path else None
     if module is None:
         return False
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
@@ -120,22 +120,15 @@ def _same(flow: Flow, owner: str | None, attribute: str, path: str) -> bool:
     here = f"{owner}.{attribute}" if owner else attribute
     if here == path or flow.trace.model is None:
         return here == path
-    module = _module(flow.trace.model, here)
-    return module is not None and module is _module(flow.trace.model, path)
-
-
-def _module(model: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(path)
-    except AttributeError:
-        return None
+    module = flow.module(here)
+    return module is not None and module is flow.module(path)
 
 
 def _bias(flow: Flow, node: int, path: str) -> str:
     """The layer without bias in front of a norm that had one."""
     if flow.trace.model is None:
         return ""
-    norm = _module(flow.trace.model, path)
+    norm = flow.module(path)
     if getattr(norm, "bias", None) is None:
         return ""
     source = flow.inputs[node][0]
@@ -144,7 +137,7 @@ def _bias(flow: Flow, node: int, path: str) -> str:
     if flow.nodes[source].op != "call_module":
         return ""
     layer = str(flow.nodes[source].target)
-    module = _module(flow.trace.model, layer)
+    module = flow.module(layer)
     plain = isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
     return layer if plain and module is not None and module.bias is None else ""
 

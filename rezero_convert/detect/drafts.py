@@ -1,0 +1,256 @@
+"""One block by itself: everything that can be said of it before the others are known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+
+from ..capture.trace import Frame
+from ..plan import Activation, Gate, Operand, Options, Repair, Site, Span, Verdict
+from . import code, gates, helpers, names, norms
+from .blocks import Block, Branch, describe, has_weight, owner_call
+from .flow import Flow
+from .sums import Sum, Term
+
+_KEPT_ACTIVATIONS = frozenset({"sigmoid", "softmax", "Sigmoid", "Softmax", "Softmax2d", "LogSoftmax", "log_softmax"})
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A block on its way to a site."""
+
+    block: Block
+    site: Site
+    members: tuple[norms.Member, ...] = ()
+    requests: tuple[names.Request | None, ...] = ()
+    """Per branch; None for a gate that is reused."""
+    weights: tuple[str, ...] = ()
+    """The modules whose weights the branches end in; tells iterations of a loop apart."""
+
+
+def of_block(flow: Flow, block: Block, options: Options) -> Draft:
+    """All that can be said of a block by itself."""
+    site = site_of(
+        flow, block.sum, "converted", {"identity": "RZ101", "projection": "RZ102", "slice": "RZ103"}[block.kind]
+    )
+    placed = _unwanted(site, options) or _placed(flow, block, site)
+    if not isinstance(placed[0], Site):
+        number, reason = placed
+        return Draft(block, replace(site, verdict="refused", code=str(number), reason=str(reason)))
+    site, operands = placed
+    activation = _activation(flow, block, site, options)
+    moved = activation is not None and activation.action == "move"
+    members = [member for branch in block.branches for member in norms.of_branch(flow, branch, block, options)]
+    made: list[Gate] = []
+    requests: list[names.Request | None] = []
+    weights: list[str] = []
+    repairs: list[Repair] = []
+    for branch in block.branches:
+        found = gates.existing(flow, branch)
+        settled = _present(flow, site, found)
+        if settled is not None:
+            return Draft(block, settled)
+        gate, repair, last = _gate(flow, branch, site, operands[branch.term], found, moved, options)
+        made.append(gate)
+        weights.append(last)
+        requests.append(None if gate.existing else request(flow, site, operands[branch.term], gate.child))
+        repairs += repair
+        if not options.preserve:
+            repairs += gates.repairs(flow, branch)
+    site = replace(
+        site,
+        reason=_reason(flow, block),
+        skip=code.text(operands[block.shortcut]),
+        skip_kind=block.kind,
+        gates=tuple(made),
+        activation=activation,
+        repairs=tuple(dict.fromkeys(repairs)),
+        confidence=1.0 if block.certain else 0.8,
+    )
+    return Draft(block, site, tuple(members), tuple(requests), tuple(weights))
+
+
+def request(flow: Flow, site: Site, at: Operand, child: str) -> names.Request:
+    module = flow.module(site.path)
+    bases = [base.__qualname__ for base in type(module).__mro__] if module is not None else [site.cls]
+    rank = bases.index(at.place.cls) if at.place.cls in bases else int(at.place.cls != site.cls)
+    return names.Request(site.cls, rank, at, child)
+
+
+def _reason(flow: Flow, block: Block) -> str:
+    skip = describe(flow, block.skip)
+    if block.kind == "identity":
+        return "every other operand is computed from the skip"
+    return f"the skip is {describe(flow, block.shortcut.value)} of {skip}, the branch is computed from the same value"
+
+
+def site_of(flow: Flow, whole: Sum, verdict: Verdict, number: str) -> Site:
+    frames = flow.origin(whole.node).frames
+    frame = frames[0] if frames else None
+    owner = frames[-1].owner if frames else None
+    call = owner_call(flow, whole.node)
+    path = owner if owner is not None else call.path
+    return Site(
+        verdict=verdict,
+        code=number,
+        reason="",
+        path=path,
+        cls=class_name(flow, path) or call.cls,
+        place=frame.place if frame else None,
+        span=frame.span if frame else None,
+        text=code.line(frame.span) if frame else "",
+    )
+
+
+def class_name(flow: Flow, path: str) -> str:
+    module = flow.module(path)
+    return type(module).__qualname__ if module is not None else ""
+
+
+def frame_of(flow: Flow, node: int) -> Frame | None:
+    frames = flow.origin(node).frames
+    return frames[0] if frames else None
+
+
+def _operand(flow: Flow, add: int, index: int | str) -> Operand:
+    frame = frame_of(flow, add)
+    assert frame is not None
+    return Operand(frame.place, frame.span, index, _is_receiver(flow, add, frame.span))
+
+
+def _is_receiver(flow: Flow, node: int, span: Span) -> bool:
+    return flow.nodes[node].op == "call_method" and code.is_receiver(span)
+
+
+def _placed(flow: Flow, block: Block, site: Site) -> tuple[Site, dict[Term, Operand]] | tuple[str, str]:
+    """The site at the text that is to be edited, and the operands there; or code and reason why there is none."""
+    operands: dict[Term, Operand] = {}
+    for term in block.sum.terms:
+        frames = flow.origin(term.add).frames
+        problem = _unreadable(frames)
+        if problem is not None:
+            return problem
+        at = _operand(flow, term.add, term.operand)
+        if code.operand(at) is None:
+            return "RZ912", "the operands of the add are not found in its text"
+        if _in_helper(frames) and term is not block.shortcut:
+            argument = helpers.argument(frames, at)
+            if not isinstance(argument, Operand):
+                return "RZ912", argument
+            at = argument
+        operands[term] = at
+    frames = flow.origin(block.sum.node).frames
+    if _in_helper(frames):
+        site = replace(site, place=frames[-1].place, span=frames[-1].span, text=code.line(frames[-1].span))
+    return site, operands
+
+
+def _in_helper(frames: tuple[Frame, ...]) -> bool:
+    """Whether an add ran in a function other than the method (a comprehension is part of its method)."""
+    return frames[0].owner is None and frames[0].place != frames[-1].place
+
+
+def _unreadable(frames: tuple[Frame, ...]) -> tuple[str, str] | None:
+    if not frames:
+        return "RZ909", "the add lies outside the model's own code"
+    if code.expression(frames[0].span) is None:
+        return "RZ909", f"there is no source text for {frames[0].place.qualname}"
+    if not code.is_add(frames[0].span):
+        return "RZ912", "the sum is not written as an add of its operands"
+    if frames[-1].owner is None:
+        return "RZ912", f"the add is inside the function {frames[0].place.qualname}, which no module's method calls"
+    return None
+
+
+def _unwanted(site: Site, options: Options) -> tuple[str, str] | None:
+    """Whether the user's patterns leave the block out."""
+    where = (site.path, f"{site.cls}.{site.place.name}" if site.place else site.cls, site.cls)
+    if options.include and not any(fnmatch(name, pattern) for pattern in options.include for name in where):
+        return "RZ900", "not among the included modules"
+    hit = next((pattern for pattern in options.exclude if any(fnmatch(name, pattern) for name in where)), None)
+    return ("RZ900", f"excluded by {hit!r}") if hit is not None else None
+
+
+def _present(flow: Flow, site: Site, found: gates.Found | None) -> Site | None:
+    """The site of a block that is left alone because it is gated already."""
+    if found is None:
+        return None
+    if found.kind == "input":
+        reason = f"its gate is computed from the input by {found.parameter}, which is zero: already the identity"
+        return replace(site, verdict="gated", code="RZ908", reason=reason)
+    name = relative(found.parameter, site.path)
+    ours = name in getattr(flow.module(site.path), "rezero_gates", ())
+    state = {True: "zero now", False: "not zero: trained, left alone", None: "left alone"}[found.zero]
+    if ours or found.kind == "scalar" or found.zero:
+        gate = Gate(None, name, "", "", existing=True, init=None)
+        reason = f"already gated by {gate.alpha} ({state})"
+        return replace(site, verdict="gated", code="RZ120", reason=reason, gates=(gate,))
+    return None
+
+
+def _gate(
+    flow: Flow, branch: Branch, site: Site, at: Operand, found: gates.Found | None, moved: bool, options: Options
+) -> tuple[Gate, list[Repair], str]:
+    """The gate of a branch, the repairs that it needs, and the module of the branch's last weight."""
+    last = _last_weight(flow, branch, site.path)
+    child = relative(last, site.path).partition(".")[0] if last is not None else ""
+    written = code.text(at)
+    start = None if options.preserve else float(options.alpha_init)
+    if found is not None and not moved:
+        inside = found.parameter == site.path or found.parameter.startswith(f"{site.path}." if site.path else "")
+        if inside and not found.conditional:
+            name = relative(found.parameter, site.path)
+            shape = flow.shape(found.root) or (1,)
+            return Gate(None, name, child, written, True, False, start, shape), [], last or ""
+        if inside:
+            return Gate(at, "", child, written, False, True, start), [], last or ""
+    repair = [Repair(found.parameter, "ones")] if found is not None and found.zero and moved else []
+    return Gate(at, "", child, written, init=1.0 if start is None else start), repair, last or ""
+
+
+def relative(path: str, owner: str) -> str:
+    return path.removeprefix(f"{owner}.") if owner else path
+
+
+def _last_weight(flow: Flow, branch: Branch, owner: str) -> str | None:
+    """The path of the last weight of a branch below its owner."""
+    prefix = f"{owner}." if owner else ""
+    for node in reversed(branch.region[1:]):
+        if not has_weight(flow, node):
+            continue
+        target = flow.nodes[node]
+        if target.op == "call_module":
+            path: str | None = str(target.target)
+        else:
+            path = next((flow.parameter(source) for source in flow.inputs[node] if flow.parameter(source)), None)
+        if path is not None and path.startswith(prefix):
+            return path
+    return None
+
+
+def _activation(flow: Flow, block: Block, site: Site, options: Options) -> Activation | None:
+    """The activation of the sum, if the module that adds applies one."""
+    node = block.sum.node
+    users = flow.users[node]
+    active = [user for user in users if flow.facts[user].kind == "activation"]
+    if not active:
+        return None
+    user = active[0]
+    step = flow.steps.get(user)
+    frames = step.frames if step is not None else flow.origin(user).frames
+    parent = step.parent if step is not None else flow.origin(user).call
+    if not frames or frames[-1].owner != site.path or parent is not owner_call(flow, node):
+        return None
+    at = Operand(frames[0].place, frames[0].span, 0, step is None and _is_receiver(flow, user, frames[0].span))
+    if code.operand(at) is None:
+        at = replace(at, index="input")
+    kind = flow.facts[user].type
+    if options.activation == "keep":
+        return Activation(kind, at, "keep", "kept by choice")
+    if len(users) > 1 or flow.nodes[node] in owner_call(flow, node).outputs:
+        return Activation(kind, at, "keep", "the sum before it is read elsewhere too")
+    if kind in _KEPT_ACTIVATIONS:
+        return Activation(kind, at, "keep", f"{kind} of a sum is not an activation of the branch")
+    if frames[0].place != site.place or code.operand(at) is None:
+        return Activation(kind, at, "keep", "its call cannot be moved to the add")
+    return Activation(kind, at, "move", "moved into the branch")
