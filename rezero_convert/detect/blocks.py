@@ -58,6 +58,8 @@ class Refusal:
     reason: str
     interest: int = 0
     """How near it came to being a block; of several reasons the nearest is told."""
+    whole_only: bool = False
+    """Holds for the sum as a whole: its adds are not to be looked at one by one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,7 @@ def find(flow: Flow) -> tuple[list[Block], list[Refusal], list[Nested]]:
 def _classify_whole(flow: Flow, whole: Sum) -> Iterator[Block | Refusal]:
     """The sum as one block; failing that, its adds one by one."""
     result = classify(flow, whole)
-    if isinstance(result, Block) or not whole.inner:
+    if isinstance(result, Block) or not whole.inner or result.whole_only:
         yield result
         return
     for part in halves(flow, whole):
@@ -209,9 +211,9 @@ def _judge(
 
 
 def _same_shape(flow: Flow, whole: Sum, shortcut: Term, skip: int, branches: tuple[Branch, ...]) -> Block | Refusal:
-    linear = [b for b in branches if not any(_is_nonlinear(flow, node) for node in b.region[1:])]
-    if len(linear) == len(branches) > 1:
-        return Refusal(whole, "RZ903", "parallel linear paths beside the identity, to be merged into one layer", 2)
+    if len(branches) > 1 and all(_is_one_convolution(flow, branch) for branch in branches):
+        reason = "parallel convolutions beside the identity, made to be merged into one"
+        return Refusal(whole, "RZ903", reason, 2, whole_only=True)
     sizes = {flow.shape(whole.node), flow.shape(skip)}
     if None not in sizes and len(sizes) > 1:
         return Refusal(
@@ -252,6 +254,13 @@ def _projection(
     if kind == "projection" and not all(flow.reaches(b.term.value, skip, avoid=beside) for b in branches):
         return Refusal(whole, "RZ904", f"{operand} and the branch are of different inputs of the module", 2)
     return Block(whole, shortcut, skip, kind, branches, certain)
+
+
+def _is_one_convolution(flow: Flow, branch: Branch) -> bool:
+    """Whether a branch is a convolution and at most norms, as in RepVGG."""
+    weighted = [node for node in branch.region[1:] if has_weight(flow, node)]
+    linear = not any(_is_nonlinear(flow, node) for node in branch.region[1:])
+    return linear and len(weighted) == 1 and flow.name(weighted[0]).lower().startswith("conv")
 
 
 def _adds_nothing(flow: Flow, node: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from .. import sources
@@ -248,6 +249,7 @@ def assigned(file: str, qualname: str) -> frozenset[str]:
     if definition is None:
         return frozenset()
     names = {node.attr for node in ast.walk(definition) if isinstance(node, ast.Attribute) and _is_store(node)}
+    names |= {name for node in ast.walk(definition) if isinstance(node, ast.Call) for name in _registered(node)}
     for statement in definition.body:
         if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             names.add(statement.name)
@@ -255,6 +257,14 @@ def assigned(file: str, qualname: str) -> frozenset[str]:
             targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
             names |= {target.id for target in targets if isinstance(target, ast.Name)}
     return frozenset(names)
+
+
+def _registered(call: ast.Call) -> Iterator[str]:
+    """The names that `register_parameter("alpha", ...)` and its like, or `setattr(self, "alpha", ...)`, make."""
+    function = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    if function == "setattr" or function.startswith("register_") or function == "add_module":
+        values = (arg.value for arg in call.args[:2] if isinstance(arg, ast.Constant))
+        yield from (value for value in values if isinstance(value, str))
 
 
 def _is_store(node: ast.Attribute) -> bool:
