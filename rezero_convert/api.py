@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +16,9 @@ from .capture import capture
 from .capture.recorded import one_line
 from .detect import detect
 from .errors import ConversionError, NoEffectWarning
+from .listing import number
 from .options import options as make_options
-from .plan import Options, Plan
+from .plan import Options, Plan, Site
 from .report import Report
 from .rewrite import modules, restore, source
 from .validation import validate
@@ -143,7 +146,7 @@ def convert_source(
         ConversionError: the text has a syntax error, or the model cannot be captured.
     """
     plan = _source_plan(text, file, model, example_inputs, make_options(**options))
-    made = source.rewrite(text, plan, file)
+    plan, made = _written(text, plan, file)
     return SourceResult(made.text, Report(plan, title=file), made.notes)
 
 
@@ -152,6 +155,47 @@ def audit_source(
 ) -> Report:
     """What `convert_source` would do, and why not elsewhere."""
     return Report(_source_plan(text, file, model, example_inputs, make_options(**options)), title=file)
+
+
+def _written(text: str, plan: Plan, file: str) -> tuple[Plan, source.Rewritten]:
+    """The plan carried out; classes whose text cannot be rewritten are refused, and the others are.
+
+    Raises:
+        ConversionError: the classes can be rewritten one by one, but not together.
+    """
+    try:
+        return plan, source.rewrite(text, plan, file)
+    except ConversionError:
+        left = dict(_unwritable(text, plan, file))
+        if not left:
+            raise
+    sites = tuple(
+        dataclasses.replace(site, **_REFUSED, reason=left[_class_of(site)])
+        if _class_of(site) in left and site in plan.edited
+        else site
+        for site in plan.sites
+    )
+    plan = dataclasses.replace(plan, sites=sites)
+    return plan, source.rewrite(text, plan, file)
+
+
+_REFUSED: dict[str, Any] = {
+    "verdict": "refused", "code": "RZ912", "gates": (), "norms": (), "activation": None, "repairs": (), "form": ""
+}  # fmt: skip
+
+
+def _unwritable(text: str, plan: Plan, file: str) -> Iterator[tuple[str, str]]:
+    """The classes that cannot be rewritten even alone, with the reason."""
+    for cls in dict.fromkeys(_class_of(site) for site in plan.edited):
+        alone = tuple(site for site in plan.sites if _class_of(site) == cls)
+        try:
+            source.rewrite(text, dataclasses.replace(plan, sites=alone), file)
+        except ConversionError as error:
+            yield cls, str(error)
+
+
+def _class_of(site: Site) -> str:
+    return site.place.cls if site.place is not None else ""
 
 
 def _source_plan(text: str, file: str, model: nn.Module | None, example_inputs: Any, options: Options) -> Plan:
@@ -164,7 +208,15 @@ def _nothing(plan: Plan) -> str:
     gated = len(plan.of("gated"))
     if gated:
         return f"nothing was rewritten: {gated} residual blocks are gated already"
-    return f"nothing was rewritten: no residual block among {len(plan.sites)} adds (audit() lists them with reasons)"
+    left = [site for site in plan.of("refused") if site.code in _BLOCKS_LEFT]
+    if left:
+        others = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
+        return f"nothing was rewritten: {left[0].path or 'the model'}: {left[0].reason}{others}"
+    return f"nothing was rewritten: no residual block among {number(len(plan.sites), 'add')} (audit() says why)"
+
+
+_BLOCKS_LEFT = frozenset({"RZ900", "RZ909", "RZ911", "RZ912", "RZ913"})
+"""Refusals of what is a residual block."""
 
 
 def _values(model: nn.Module) -> dict[str, nn.Parameter]:

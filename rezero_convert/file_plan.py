@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from . import sources
-from .capture import capture, static
+from .capture import capture, check_runs, static
 from .detect import detect
 from .errors import ConversionError
 from .plan import Norm, Options, Plan, Site, Span
@@ -39,6 +39,7 @@ def recorded(text: str, file: str, model: nn.Module, example_inputs: Any, option
         ConversionError: the model cannot be captured, or instances that share a text were decided differently by a
             pattern.
     """
+    check_runs(model, example_inputs)
     plan = detect(capture(model, example_inputs), options)
     own = os.path.realpath(file)
     here = [_in_file(site, file) for site in plan.sites if site.span and os.path.realpath(site.span.file) == own]

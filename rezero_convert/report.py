@@ -130,13 +130,18 @@ def grouped(sites: Iterable[Site]) -> tuple[Sites, ...]:
 def totals(report: Report) -> str:
     """One line: adds per verdict, gates, norms, adds that were only counted."""
     done = report.plan.converted
-    norms = [norm for site in done for norm in site.norms if norm.action != "keep"]
+    norms = {
+        (norm.path, norm.at.span if norm.at else site.span)
+        for site in done
+        for norm in site.norms
+        if norm.action != "keep"
+    }
     gates = {(site.path, site.cls, gate.alpha) for site in done for gate in site.gates}
     # A verdict without a plural of its own reads as a number of adds.
     parts = [f"{count} {_PLURALS.get(verdict, verdict)}" for verdict, count in report.counts.items() if count]
     line = ", ".join(parts) if parts else "no adds of tensors"
     if done:
-        line += f"; {number(len(gates), 'gate')}, {number(_distinct(norms), 'norm')} dropped"
+        line += f"; {number(len(gates), 'gate')}, {number(len(norms), 'norm')} dropped"
     if report.plan.scalars:
         line += f"; {number(report.plan.scalars, 'integer or scalar add')}"
     return f"{'done' if report.converted else 'total'}: {line}"
@@ -276,8 +281,3 @@ def _value(numbers: tuple[float, ...]) -> str:
 
 def _json_number(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
-
-
-def _distinct(norms: Iterable[Norm]) -> int:
-    """Norms by module; one without a module counts where it is called."""
-    return len({norm.path or norm.at for norm in norms})

@@ -184,6 +184,7 @@ def _from_module(source: str, name: str, inputs: str | None) -> Target:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     with quiet_stdout(), told(f"importing {source}"):
+        _declare_operators()
         namespace = vars(importlib.import_module(source))
     value = evaluate(f"{source}:", name, namespace)
     if callable(value) and not isinstance(value, nn.Module):

@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from ..errors import ConversionError
 from .inputs import PASS_INPUTS, infer_inputs, normalize_inputs, resolve_inputs
-from .recorded import record
+from .recorded import one_line, record, record_on
 from .symbolic import trace_symbolically
 from .trace import Trace
 
@@ -39,6 +39,23 @@ def capture(model: nn.Module, example_inputs: Any = None, *, training: bool = Fa
         return record(model, *inferred, training=training)
     except ConversionError as error:
         return _without_inputs(model, training, f"on inputs inferred from its configuration {error}; ")
+
+
+def check_runs(model: nn.Module, example_inputs: Any) -> None:
+    """Refuse inputs that the model itself cannot take: fake tensors do not see an index out of range.
+
+    Raises:
+        ConversionError: gives the model's exception.
+    """
+    inputs = normalize_inputs(example_inputs) if example_inputs is not None else infer_inputs(model)
+    if inputs is None or any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        return
+    try:
+        record_on("real", model, *inputs)
+    except ConversionError:
+        raise
+    except Exception as error:  # whatever the model raises
+        raise ConversionError(f"the model raised on the example inputs: {one_line(error)}") from error
 
 
 def check_model(model: object) -> None:

@@ -24,7 +24,7 @@ _DETACHED = frozenset(
 # Only the first operand's values reach the result; the others give shapes, indices or masks.
 _FIRST = frozenset(
     "view_as expand_as reshape_as type_as index_select gather take_along_dim masked_fill masked_select getitem "
-    "repeat_interleave topk".split()
+    "repeat_interleave topk to type".split()
 )
 
 

@@ -80,9 +80,17 @@ class Subject:
     """The gates whose blocks compute what they did before."""
     options: Options
 
+    symbolic: bool = False
+    """There are no inputs to run it on."""
+
     @property
     def meta(self) -> bool:
         return any(value.is_meta for value in [*self.model.parameters(), *self.model.buffers()])
+
+    @property
+    def runs(self) -> bool:
+        """Whether there are real numbers to run it with."""
+        return not self.symbolic and not self.meta
 
 
 def parameter_at(model: nn.Module, name: str) -> nn.Parameter | None:
@@ -260,9 +268,11 @@ def structure(subject: Subject, look: Look, looks: list[Look], notes: list[str])
     elsewhere = {name for other in looks for block in other.found for name in block.alphas}
     ran = _ran(look)
     unread = sorted(name for name in subject.named if name not in gating)
-    skipped = [name for name in unread if name in elsewhere and not _owners(name) & ran]
+    # a block that adds without its gate is another matter: its owner is among the ungated
+    idle = {path for name in unread for path in _owners(name) if path not in ran or path not in look.ungated}
+    skipped = [name for name in unread if name in elsewhere and _owners(name) <= idle]
     if skipped:  # layer drop, auxiliary heads
-        notes.append(f"modules that did not run in {look.mode} mode: gates {compact(skipped)} not checked there")
+        notes.append(f"adds that did not run in {look.mode} mode: gates {compact(skipped)} not checked there")
     unread = [name for name in unread if name not in skipped]
     yield Check("read", look.mode, not unread, several("gates no branch", unread) or all_of(subject.named))
     if not subject.plans:

@@ -11,8 +11,10 @@ from torch import nn
 
 from ..capture import check_model
 from ..capture.guard import untouched
-from ..capture.inputs import resolve_inputs
+from ..capture.inputs import PASS_INPUTS, infer_inputs, resolve_inputs
 from ..capture.recorded import record
+from ..capture.symbolic import trace_symbolically
+from ..capture.trace import Trace
 from ..errors import ConversionError
 from ..listing import compact, number
 from ..plan import Options, Site
@@ -51,7 +53,8 @@ def validate(model: nn.Module, example_inputs: Any = None, *, options: Options |
         ConversionError: the model cannot be captured, or has no gate at all.
     """
     check_model(model)
-    args, kwargs = resolve_inputs(model, example_inputs)
+    symbolic = example_inputs is None and infer_inputs(model) is None
+    args, kwargs = ((), {}) if symbolic else resolve_inputs(model, example_inputs)
     plans = tuple((path, plan) for path, module in model.named_modules() if (plan := modules.record(module)))
     sites: dict[str, list[Site]] = {}
     for prefix, plan in plans:
@@ -70,7 +73,7 @@ def validate(model: nn.Module, example_inputs: Any = None, *, options: Options |
         for name in gate.parameters()
     }
     preserved = frozenset(name for name, preserve in same.items() if preserve)
-    subject = Subject(model, args, kwargs, registered, sites, plans, preserved, options)
+    subject = Subject(model, args, kwargs, registered, sites, plans, preserved, options, symbolic)
     with untouched(model):  # the random states among others
         torch.manual_seed(SEED)
         return _validated(subject, broken)
@@ -96,14 +99,18 @@ def _registered(model: nn.Module, planned: Iterable[str]) -> tuple[dict[str, nn.
     return found, broken
 
 
+def _trace(subject: Subject, *, training: bool) -> Trace:
+    if subject.symbolic:
+        return trace_symbolically(subject.model, training=training)
+    return record(subject.model, subject.args, subject.kwargs, training=training)
+
+
 def _validated(subject: Subject, broken: list[str]) -> Validation:
     looks: list[Look] = []
     notes: list[str] = []
     for mode in ("eval", "train"):
         try:
-            looks.append(
-                look_at(subject, mode, record(subject.model, subject.args, subject.kwargs, training=mode == "train"))
-            )
+            looks.append(look_at(subject, mode, _trace(subject, training=mode == "train")))
         except ConversionError as error:
             if mode == "eval":
                 raise
@@ -122,15 +129,16 @@ def _validated(subject: Subject, broken: list[str]) -> Validation:
     ]
     checks += trainable(subject, notes)
     asleep: tuple[str, ...] = ()
-    if subject.meta:
-        notes.append("on meta tensors only the structure can be checked")
-    else:
+    if subject.runs:
         looks = [measured for look in looks if (measured := with_numbers(subject, look, notes)) is not None]
+    else:
+        why = f"without inputs: {PASS_INPUTS}" if subject.symbolic else "on meta tensors"
+        notes.append(f"only the structure was checked, {why}")
     for look in looks:
         checks += structure(subject, look, looks, notes)
         if look.mode == "eval":
             asleep = asleep_gates(subject, look, notes)
-            if not subject.meta and look.found:
+            if subject.runs and look.found:
                 checks += seals(subject, look, notes)
     missing = dict.fromkeys(path for look in looks for path in look.ungated)
     if missing and not subject.plans:

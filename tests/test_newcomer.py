@@ -1,0 +1,153 @@
+"""What a first user stumbled over: each once, so that it stays mended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import rezero_convert as rz
+from rezero_convert import cli
+
+
+class Linears(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(8, 8) for _ in range(3))
+        self.norm = nn.LayerNorm(8)
+
+
+class Parallel(Linears):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return x + self.a(h) + self.b(h)
+
+
+class Three(Linears):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.a(self.norm(x)) + self.b(self.norm(x)) + self.c(x)
+
+
+class PostNorm(Linears):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.a(x) + self.b(x))
+
+
+class TwoStatements(Linears):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        x = x + self.a(h)
+        x = x + self.b(h)
+        return x
+
+
+@pytest.mark.parametrize(("cls", "gates"), [(Parallel, 2), (Three, 3), (PostNorm, 2), (TwoStatements, 2)])
+def test_linear_branches_beside_each_other_get_a_gate_each(cls: type[nn.Module], gates: int) -> None:
+    x = torch.randn(2, 3, 8)
+    converted = rz.convert(cls(), x)
+    assert len(list(rz.alphas(converted))) == gates
+    assert torch.equal(converted(x), x)
+
+
+class RepVGG(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.three, self.one = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.three(x) + self.one(x))
+
+
+def test_convolutions_made_to_be_merged_are_refused_as_a_whole() -> None:
+    (site,) = rz.audit(RepVGG(), torch.randn(2, 4, 8, 8)).plan.sites
+    assert (site.verdict, site.code) == ("refused", "RZ903")
+
+
+class LayerDrop(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and torch.rand(()).item() < 0.9:
+            return x
+        return x + torch.relu(self.linear(x))
+
+
+def test_a_block_that_is_dropped_at_random_in_train_mode_is_a_note() -> None:
+    x = torch.randn(2, 8)
+    converted = rz.convert(nn.Sequential(LayerDrop(), LayerDrop()), x)
+    assert len(list(rz.alphas(converted))) == 2
+    assert any("did not run in train mode" in note for note in rz.validate(converted, x).notes)
+
+
+def test_a_converted_model_can_be_traced_and_checked_without_inputs() -> None:
+    converted = rz.convert(nn.Sequential(Parallel(), Three()))
+    check = rz.validate(converted)
+    assert check.ok
+    assert "only the structure was checked" in check.notes[-1]
+    for _, alpha in rz.alphas(converted):
+        nn.init.normal_(alpha)
+    x = torch.randn(2, 3, 8)
+    assert torch.equal(fx.symbolic_trace(converted)(x), converted(x))
+
+
+SOURCE = """
+import torch
+from torch import nn
+
+
+class OneLine(nn.Module):
+    def __init__(self, d): super().__init__(); self.n = nn.LayerNorm(d); self.f = nn.Linear(d, d)
+
+    def forward(self, x):
+        return x + self.f(self.n(x))
+
+
+class Registered(nn.Module):
+    def __init__(self, d):
+        super().__init__()
+        self.f = nn.Linear(d, d)
+        self.register_parameter("alpha", nn.Parameter(torch.ones(1)))
+
+    def forward(self, x):
+        return x + torch.relu(self.f(x))
+"""
+
+
+def test_one_class_that_cannot_be_rewritten_does_not_stop_the_others() -> None:
+    result = rz.convert_source(SOURCE)
+    (refused,) = result.report.plan.of("refused")
+    assert (refused.cls, refused.code) == ("OneLine", "RZ912")
+    assert "two edits of one statement" in refused.reason
+    assert "self.rezero_alpha * torch.relu" in result.text
+
+
+def test_inputs_that_the_model_cannot_take_are_its_own_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "embeds.py"
+    file.write_text(
+        "import torch\nfrom torch import nn\n\n\nclass Net(nn.Module):\n    def __init__(self):\n"
+        "        super().__init__()\n        self.e = nn.Embedding(4, 8)\n        self.f = nn.Linear(8, 8)\n\n"
+        "    def forward(self, i):\n        x = self.e(i)\n        return x + torch.relu(self.f(x))\n"
+    )
+    assert cli.main([str(file), "--model", "Net()", "--inputs", "torch.tensor([9])"]) == 2
+    error = capsys.readouterr().err
+    assert "the model raised on the example inputs: IndexError" in error
+    assert "fresh process" not in error
+
+
+def test_the_warning_says_what_kept_a_block_from_being_rewritten() -> None:
+    names: dict[str, object] = {"nn": nn, "torch": torch}
+    exec(  # a class without source text
+        "class Net(nn.Module):\n    def __init__(self):\n        super().__init__()\n        self.f = nn.Linear(8, 8)\n"
+        "    def forward(self, x):\n        return x + torch.relu(self.f(x))\n",
+        names,
+    )
+    net = names["Net"]
+    assert callable(net)
+    with pytest.warns(rz.NoEffectWarning, match="no source text for Net.forward"):
+        rz.convert(net(), torch.randn(2, 8))
