@@ -27,8 +27,13 @@ def register(file: str, text: str) -> None:
     before = linecache.getlines(file)
     linecache.cache[file] = (len(text), None, rows, file)
     if before and before != rows:
-        for cache in _caches:
-            cache.cache_clear()
+        forget()
+
+
+def forget() -> None:
+    """Drop everything remembered of texts."""
+    for cache in _caches:
+        cache.cache_clear()
 
 
 def cached(function: _Function) -> _Function:

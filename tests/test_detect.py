@@ -548,7 +548,7 @@ def test_cells_found_by_search_are_refused() -> None:
 
 def test_a_model_without_blocks_says_so() -> None:
     model = Highway()
-    with pytest.warns(rz.NoEffectWarning, match="no residual block among 1 adds"):
+    with pytest.warns(rz.NoEffectWarning, match="no residual block among 1 add "):
         rz.convert(model, vectors())
 
 

@@ -338,7 +338,7 @@ def test_a_file_that_changed_since_import_is_refused(tmp_path: Any, newer: str) 
     linecache.checkcache()
     from rezero_convert import sources
 
-    sources._forget()
+    sources.forget()
     model = module.Block()
     before = snapshot(model)
     with pytest.raises(ConversionError, match=rf"{module.__name__}\.py:10: .*(changed|imported)"):
