@@ -151,3 +151,51 @@ def test_the_warning_says_what_kept_a_block_from_being_rewritten() -> None:
     assert callable(net)
     with pytest.warns(rz.NoEffectWarning, match="no source text for Net.forward"):
         rz.convert(net(), torch.randn(2, 8))
+
+
+class DyT(nn.Module):
+    """A tanh in the place of a norm (Zhu et al., 2025): not scale-invariant, so a norm only by the user's word."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((1,), 0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.scale * x)
+
+
+class WithDyT(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.linear = DyT(), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.relu(self.linear(self.norm(x)))
+
+
+def test_norm_types_names_norms_that_do_not_look_like_it() -> None:
+    x = torch.randn(2, 8)
+    assert not any(site.norms for site in rz.audit(WithDyT(), x).plan.sites)
+    converted = rz.convert(WithDyT(), x, norm_types=(DyT,))
+    assert "norm.scale" not in converted.state_dict()
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_a_decoder_with_masks_is_gated_in_eval_without_gradients(norm_first: bool, batch_first: bool) -> None:
+    layer = nn.TransformerDecoderLayer(16, 2, 32, norm_first=norm_first, batch_first=batch_first)
+    model = nn.TransformerDecoder(layer, 2).eval()
+    shape, memory_shape = ((2, 5, 16), (2, 7, 16)) if batch_first else ((5, 2, 16), (7, 2, 16))
+    inputs = {
+        "tgt": torch.randn(shape),
+        "memory": torch.randn(memory_shape),
+        "tgt_mask": nn.Transformer.generate_square_subsequent_mask(5),
+        "tgt_is_causal": True,
+        "memory_key_padding_mask": torch.zeros(2, 7, dtype=torch.bool),
+    }
+    converted = rz.convert(model, inputs).eval()
+    assert len(list(rz.alphas(converted))) == 2 * 3
+    with torch.no_grad():
+        assert torch.equal(converted(**inputs), inputs["tgt"])
+        nn.init.constant_(converted.layers[0].alpha_multihead_attn, 0.5)
+        assert not torch.equal(converted(**inputs), inputs["tgt"])

@@ -26,7 +26,7 @@ def detect(trace: Trace, options: Options | None = None) -> Plan:
         options: what to drop, move, include; the defaults of `Options` if None.
     """
     options = options or Options()
-    facts = flow(trace)
+    facts = flow(trace, options.norm_types)
     blocks, refusals, nested = find(facts)
     gated_long = [one.block for one in nested if options.long_skips and one.verdict == "long-skip"]
     drafts = [of_block(facts, block, options) for block in (*blocks, *gated_long)]

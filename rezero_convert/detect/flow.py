@@ -125,14 +125,14 @@ class Flow:
         return tuple(found)
 
 
-def flow(trace: Trace) -> Flow:
-    """The data flow of a trace."""
+def flow(trace: Trace, norm_types: tuple[type[nn.Module], ...] = ()) -> Flow:
+    """The data flow of a trace; modules of `norm_types` are layer-type norms, whatever they compute."""
     nodes = tuple(node for node in trace.graph.nodes if node.op != "output")
     index = {node: i for i, node in enumerate(nodes)}
     facts = [origin(node).facts for node in nodes]
     inputs = [tuple(dict.fromkeys(index[source] for source in data_inputs(node))) for node in nodes]
     steps: dict[int, Call] = {}
-    for summary in summaries(trace):
+    for summary in summaries(trace, norm_types):
         end, entry = index[summary.end], index[summary.entry]
         facts[end], inputs[end], steps[end] = summary.facts, (entry,), summary.call
     written_back, whole = _write_backs(nodes), set(steps.values())

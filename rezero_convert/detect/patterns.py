@@ -43,22 +43,28 @@ class Summary:
     facts: Facts
 
 
-def summaries(trace: Trace) -> Iterator[Summary]:
-    """The calls of custom norms and activations in a trace."""
+def summaries(trace: Trace, norm_types: tuple[type[nn.Module], ...] = ()) -> Iterator[Summary]:
+    """The calls of custom norms and activations in a trace.
+
+    Args:
+        trace: from any capture.
+        norm_types: classes that are layer-type norms by the user's word.
+    """
     inside: dict[Call, list[fx.Node]] = {}
     parents = {call.parent for call in trace.calls}
     for node in trace.graph.nodes:
         if node.op != "output":
             inside.setdefault(origin(node).call, []).append(node)
     for call in trace.calls:
-        known = call.facts.kind == "norm"
+        told = isinstance(call.module, norm_types)
+        known = told or call.facts.kind == "norm"
         if len(call.outputs) != 1 or not call.inputs or (call in parents and not known):
             continue
         nodes = inside.get(call, [])
         end = call.outputs[0]
         if end in call.inputs or (end not in nodes and not known):
             continue
-        facts = _classify(call, nodes, end)
+        facts = Facts("norm", call.facts.type, norm="layer") if told else _classify(call, nodes, end)
         if facts is not None:
             yield Summary(call, call.inputs[0], end, facts)
 
