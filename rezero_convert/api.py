@@ -73,10 +73,12 @@ def convert(
     """
     settings = make_options(**options)
     plan = detect(capture(model, example_inputs), settings)
+    result = model if inplace else _copy(model)
     if not plan.converted:
         warnings.warn(_nothing(plan), NoEffectWarning, stacklevel=2)
-        return model if inplace else _copy(model)
-    result = model if inplace else _copy(model)
+        if plan.of("gated") and not restore.is_converted(result):
+            modules.rewrite(result, plan)  # enters the gates that are there, for `alphas` and `validate`
+        return result
     with modules.rewrite(result, plan) as undo:
         if verify:
             check = validate(result, example_inputs)

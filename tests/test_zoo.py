@@ -104,3 +104,7 @@ def test_gates_that_are_there_and_zero_are_left_alone() -> None:
     found = rz.audit(model, inputs).plan.sites
     assert len(found) == 1 + 2 + 6 + 3
     assert {(site.verdict, site.code) for site in found} == {("gated", "RZ120")}
+    with pytest.warns(rz.NoEffectWarning, match="gated already"):
+        converted = rz.convert(model, inputs)
+    assert [name.rpartition(".")[2] for name, _ in rz.alphas(converted)] == ["skipinit_gain"] * 12
+    assert converted.state_dict().keys() == model.state_dict().keys()

@@ -124,9 +124,9 @@ def _hold(undo: ExitStack, instance: nn.Module, name: str, value: object) -> Non
 
 
 def _gates(model: nn.Module, plan: Plan) -> Iterator[tuple[nn.Module, str, Gate]]:
-    """Each gate once, with its owner: several sites may share one."""
+    """Each gate once, with its owner: several sites may share one. Gates that were there are entered as well."""
     seen: set[tuple[int, str]] = set()
-    for site in edited_sites(plan):
+    for site in (*edited_sites(plan), *plan.of("gated")):
         owner = module_at(model, site.path)
         for gate in site.gates:
             if (id(owner), gate.alpha) not in seen:
