@@ -168,7 +168,7 @@ def test_a_method_that_another_module_holds() -> None:
 
 
 def test_accelerate_hooks() -> None:
-    hooks = pytest.importorskip("accelerate.hooks")
+    from accelerate import hooks
 
     class Doubling(hooks.ModelHook):  # type: ignore[misc,name-defined]
         def post_forward(self, module: nn.Module, output: Tensor) -> Tensor:

@@ -858,7 +858,8 @@ def test_an_untouched_encoder_keeps_its_class() -> None:
 
 
 def test_torchvision_resnet18() -> None:
-    resnet = pytest.importorskip("torchvision.models.resnet")
+    from torchvision.models import resnet
+
     forward = resnet.BasicBlock.forward
     model = resnet.resnet18(num_classes=3).eval()
     activation = Activation("ReLU", operand(forward, "self.relu(out)", 0, last=True), "move", "")

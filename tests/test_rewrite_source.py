@@ -12,6 +12,7 @@ from types import ModuleType
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from rezero_convert.errors import ConversionError
@@ -927,8 +928,6 @@ def test_no_class_to_hold_the_last_line_end() -> None:
 
 
 # --- transformers ---
-
-transformers = pytest.importorskip("transformers")
 
 
 def installed(name: str) -> str:
