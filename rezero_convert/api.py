@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +16,9 @@ from .detect import detect
 from .errors import ConversionError, NoEffectWarning
 from .listing import number
 from .options import options as make_options
-from .plan import Options, Plan, Site
+from .plan import Options, Plan
 from .report import Report
-from .rewrite import modules, restore, source
+from .rewrite import modules, restore
 from .validation import validate
 
 
@@ -148,7 +146,7 @@ def convert_source(
         ConversionError: the text has a syntax error, or the model cannot be captured.
     """
     plan = _source_plan(text, file, model, example_inputs, make_options(**options))
-    plan, made = _written(text, plan, file)
+    plan, made = file_plan.carried_out(text, plan, file)
     return SourceResult(made.text, Report(plan, title=file), made.notes)
 
 
@@ -157,47 +155,6 @@ def audit_source(
 ) -> Report:
     """What `convert_source` would do, and why not elsewhere."""
     return Report(_source_plan(text, file, model, example_inputs, make_options(**options)), title=file)
-
-
-def _written(text: str, plan: Plan, file: str) -> tuple[Plan, source.Rewritten]:
-    """The plan carried out; classes whose text cannot be rewritten are refused, and the others are.
-
-    Raises:
-        ConversionError: the classes can be rewritten one by one, but not together.
-    """
-    try:
-        return plan, source.rewrite(text, plan, file)
-    except ConversionError:
-        left = dict(_unwritable(text, plan, file))
-        if not left:
-            raise
-    sites = tuple(
-        dataclasses.replace(site, **_REFUSED, reason=left[_class_of(site)])
-        if _class_of(site) in left and site in plan.edited
-        else site
-        for site in plan.sites
-    )
-    plan = dataclasses.replace(plan, sites=sites)
-    return plan, source.rewrite(text, plan, file)
-
-
-_REFUSED: dict[str, Any] = {
-    "verdict": "refused", "code": "RZ912", "gates": (), "norms": (), "activation": None, "repairs": (), "form": ""
-}  # fmt: skip
-
-
-def _unwritable(text: str, plan: Plan, file: str) -> Iterator[tuple[str, str]]:
-    """The classes that cannot be rewritten even alone, with the reason."""
-    for cls in dict.fromkeys(_class_of(site) for site in plan.edited):
-        alone = tuple(site for site in plan.sites if _class_of(site) == cls)
-        try:
-            source.rewrite(text, dataclasses.replace(plan, sites=alone), file)
-        except ConversionError as error:
-            yield cls, str(error)
-
-
-def _class_of(site: Site) -> str:
-    return site.place.cls if site.place is not None else ""
 
 
 def _source_plan(text: str, file: str, model: nn.Module | None, example_inputs: Any, options: Options) -> Plan:

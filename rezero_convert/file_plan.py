@@ -14,6 +14,7 @@ from .capture import capture, check_runs, static
 from .detect import detect
 from .errors import ConversionError
 from .plan import Norm, Options, Plan, Site, Span
+from .rewrite import source
 
 
 def written(text: str, file: str, options: Options) -> Plan:
@@ -177,3 +178,44 @@ def _distance(site: Site) -> tuple[bool, bool, bool]:
     """How far the context of a static finding is from its class; a block found from afar beats a refusal at home."""
     own = site.place is not None and site.place.cls == site.cls
     return site.verdict == "refused", site.path != "", not own
+
+
+def carried_out(text: str, plan: Plan, file: str) -> tuple[Plan, source.Rewritten]:
+    """The plan carried out; classes whose text cannot be rewritten are refused, and the others are.
+
+    Raises:
+        ConversionError: the classes can be rewritten one by one, but not together.
+    """
+    try:
+        return plan, source.rewrite(text, plan, file)
+    except ConversionError:
+        left = dict(_unwritable(text, plan, file))
+        if not left:
+            raise
+    sites = tuple(
+        dataclasses.replace(site, **_REFUSED, reason=left[_class_of(site)])
+        if _class_of(site) in left and site in plan.edited
+        else site
+        for site in plan.sites
+    )
+    plan = dataclasses.replace(plan, sites=sites)
+    return plan, source.rewrite(text, plan, file)
+
+
+_REFUSED: dict[str, Any] = {
+    "verdict": "refused", "code": "RZ912", "gates": (), "norms": (), "activation": None, "repairs": (), "form": ""
+}  # fmt: skip
+
+
+def _unwritable(text: str, plan: Plan, file: str) -> Iterator[tuple[str, str]]:
+    """The classes that cannot be rewritten even alone, with the reason."""
+    for cls in dict.fromkeys(_class_of(site) for site in plan.edited):
+        alone = tuple(site for site in plan.sites if _class_of(site) == cls)
+        try:
+            source.rewrite(text, dataclasses.replace(plan, sites=alone), file)
+        except ConversionError as error:
+            yield cls, str(error)
+
+
+def _class_of(site: Site) -> str:
+    return site.place.cls if site.place is not None else ""

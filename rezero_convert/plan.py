@@ -201,6 +201,11 @@ class Site:
     confidence: float = 1.0
     """1 when recorded; less for static findings."""
 
+    @property
+    def edited(self) -> bool:
+        """Whether the text changes: converted, or the twin of a converted one on a path that did not run."""
+        return self.verdict == "converted" or (self.verdict == "not-executed" and bool(self.gates))
+
 
 @dataclass(frozen=True, slots=True)
 class Options:
@@ -247,7 +252,7 @@ class Plan:
     @property
     def edited(self) -> tuple[Site, ...]:
         """The sites whose text changes: the converted ones, and their twins on paths that did not run."""
-        return tuple(site for site in self.sites if site.verdict == "converted" or (site.calls == 0 and site.gates))
+        return tuple(site for site in self.sites if site.edited)
 
 
 def as_dict(record: Any) -> Any:

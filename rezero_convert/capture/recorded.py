@@ -303,7 +303,6 @@ class _Known:
     overwriting: Facts
     add: bool
     attribute: str = ""
-    keep: Any = None
 
 
 class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves its base untyped

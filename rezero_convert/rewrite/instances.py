@@ -16,7 +16,6 @@ from .. import sources
 from ..errors import ConversionError
 from ..known import FAST_PATHS
 from ..plan import Gate, Norm, Place, Plan, Site
-from . import text
 from .changes import CALLABLES
 from .recompile import codes, compiled, edited, is_at, parts, rebuilt
 from .subclass import EditedMethod, Recipe, converted_class, original_of, recipe_of
@@ -63,11 +62,6 @@ def edits(model: nn.Module, plan: Plan) -> tuple[list[NewClass], list[NewFunctio
     return classes, functions
 
 
-def edited_sites(plan: Plan) -> tuple[Site, ...]:
-    """The sites whose text changes."""
-    return tuple(site for site in plan.sites if text.is_edited(site))
-
-
 def module_at(model: nn.Module, path: str) -> nn.Module:
     """The module at a path of the plan.
 
@@ -106,7 +100,7 @@ def _jobs(model: nn.Module, plan: Plan) -> list[_Job]:
         return jobs.setdefault(id(instance), _Job(instance, path))
 
     touched: set[int] = set()
-    for site in edited_sites(plan):
+    for site in plan.edited:
         for path, place, part in _parts(model, site):
             job(path).sites.setdefault(place, []).append(part)
         touched.add(id(module_at(model, site.path)))

@@ -21,7 +21,6 @@ from ..capture import facts
 from ..errors import ConversionError
 from ..known import SWITCHES
 from ..plan import Gate, Plan, Repair
-from . import text
 from .changes import (
     Added,
     Biased,
@@ -39,7 +38,7 @@ from .changes import (
     rebind,
     set_class,
 )
-from .instances import edited_sites, edits, module_at
+from .instances import edits, module_at
 from .subclass import code_changes, rezero_gate
 
 __all__ = ["alphas", "record", "rewrite", "rezero_gate"]
@@ -76,7 +75,7 @@ def rewrite(model: nn.Module, plan: Plan) -> ExitStack:
         for owner, path, gate in _gates(model, plan):
             _place_gate(undo, model, owner, path, gate, plan.options.preserve)
         _drop_norms(undo, model, plan)
-        for repair in dict.fromkeys(repair for site in edited_sites(plan) for repair in site.repairs):
+        for repair in dict.fromkeys(repair for site in plan.edited for repair in site.repairs):
             _repair(undo, model, repair)
         before = record(model)
         put(undo, model.__dict__, "rezero_plan", plan if before is None else _merged(before, plan))
@@ -103,7 +102,7 @@ def record(model: nn.Module) -> Plan | None:
 
 def _merged(before: Plan, plan: Plan) -> Plan:
     """One record of two conversions: what the first one did, and the rest as the second one found it."""
-    done = edited_sites(before)
+    done = before.edited
     gated = {(site.path, gate.alpha) for site in done for gate in site.gates}
     rest = [
         site
@@ -126,7 +125,7 @@ def _hold(undo: ExitStack, instance: nn.Module, name: str, value: object) -> Non
 def _gates(model: nn.Module, plan: Plan) -> Iterator[tuple[nn.Module, str, Gate]]:
     """Each gate once, with its owner: several sites may share one. Gates that were there are entered as well."""
     seen: set[tuple[int, str]] = set()
-    for site in (*edited_sites(plan), *plan.of("gated")):
+    for site in (*plan.edited, *plan.of("gated")):
         owner = module_at(model, site.path)
         for gate in site.gates:
             if (id(owner), gate.alpha) not in seen:
@@ -168,7 +167,7 @@ def _drop_norms(undo: ExitStack, model: nn.Module, plan: Plan) -> None:
     actions: dict[str, set[str]] = {}
     for site in plan.sites:
         for norm in site.norms:
-            actions.setdefault(norm.path, set()).add(norm.action if text.is_edited(site) else "keep")
+            actions.setdefault(norm.path, set()).add(norm.action if site.edited else "keep")
     going = {path: wanted for path, wanted in actions.items() if path and "keep" not in wanted}
     holders: dict[int, list[tuple[nn.Module, str]]] = {}
     for holder in model.modules():
@@ -189,9 +188,7 @@ def _drop_norms(undo: ExitStack, model: nn.Module, plan: Plan) -> None:
                 delete(undo, holder._modules, key)
             dtype = next(itertools.chain(floats(holder), floats(model), [torch.empty(0)])).dtype
             note(undo, holder, Dropped(key, order, shell, dtype, starts, kept))
-    for path in dict.fromkeys(
-        n.bias for site in edited_sites(plan) for n in site.norms if n.bias and n.action != "keep"
-    ):
+    for path in dict.fromkeys(n.bias for site in plan.edited for n in site.norms if n.bias and n.action != "keep"):
         layer = module_at(model, path)
         if layer._parameters.get("bias") is None:
             note(undo, layer, Biased("bias" in layer._parameters))

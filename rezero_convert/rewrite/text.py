@@ -56,11 +56,6 @@ def edit(text: str, sites: Iterable[Site], gate: GateSpelling, *, file: str, fir
     return wrapper.module.visit(editor).code
 
 
-def is_edited(site: Site) -> bool:
-    """Whether the Plan wants the site's text changed: converted, or an arm that did not run but gets the same gate."""
-    return site.verdict == "converted" or (site.verdict == "not-executed" and bool(site.gates))
-
-
 def product(owner: cst.Name, alpha: cst.BaseExpression, operand: cst.BaseExpression) -> cst.BaseExpression:
     """`alpha * operand`, the operand in parentheses unless it is a single term: what the source route writes."""
     return cst.BinaryOperation(left=alpha, operator=cst.Multiply(), right=parenthesised(operand))
@@ -103,7 +98,7 @@ class _Wanted:
 
     def collect(self, sites: Iterable[Site]) -> None:
         for site in sites:
-            if not is_edited(site):
+            if not site.edited:
                 continue
             moved = site.activation.at if site.activation is not None and site.activation.action == "move" else None
             for gate in site.gates:
