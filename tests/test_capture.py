@@ -126,9 +126,16 @@ def test_reports_the_error_of_the_real_run_on_one_line() -> None:
     assert str(caught.value) == "the model raised on the example inputs: ValueError: no way"
 
 
-def test_says_what_to_pass_when_tracing_fails() -> None:
-    with pytest.raises(ConversionError, match=r"TraceError: .*control flow.*pass example_inputs="):
-        capture(Branching())
+class Hopeless(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 0:
+            raise ValueError
+        raise NotImplementedError
+
+
+def test_says_what_to_pass_when_tracing_and_reading_fail() -> None:
+    with pytest.raises(ConversionError, match=r"TraceError: .*control flow.*; Hopeless.forward raises.*; pass "):
+        capture(Hopeless())
 
 
 def test_says_that_columns_are_missing() -> None:

@@ -1,4 +1,4 @@
-"""Captures: a live model becomes a `Trace`, by running it once or by tracing it symbolically."""
+"""Captures: a live model becomes a `Trace`, by running it once, by tracing it symbolically or by reading its source."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from torch.nn.parameter import is_lazy
 
 from ..errors import ConversionError
 from .inputs import PASS_INPUTS, infer_inputs, normalize_inputs, resolve_inputs
+from .live import trace_live
 from .recorded import one_line, record, record_on
 from .symbolic import trace_symbolically
 from .trace import Trace
 
-__all__ = ["capture", "check_model", "infer_inputs", "normalize_inputs", "resolve_inputs"]
+__all__ = ["capture", "check_model", "infer_inputs", "normalize_inputs", "resolve_inputs", "without_inputs"]
 
 
 def capture(model: nn.Module, example_inputs: Any = None, *, training: bool = False) -> Trace:
     """The graph of `model`, which is left as it was.
 
     With example inputs, given or described by the model itself (transformers, timm), the model is run once: on fake
-    tensors, else on meta tensors, else on real ones. Without, it is traced symbolically. All in eval mode, or with
-    `training` in train mode.
+    tensors, else on meta tensors, else on real ones. Without, it is traced symbolically; if that fails, the source of
+    its classes is read with the values of its instances. All in eval mode, or with `training` in train mode.
 
     Raises:
         ConversionError: `model` is not a plain module (the message says how to get at one), the example inputs are
-            not of the right form, the model raises on them, or there are none and tracing fails.
+            not of the right form, the model raises on them, or there are none and both tracing and reading fail.
     """
     check_model(model)
     if example_inputs is not None:
@@ -34,11 +35,11 @@ def capture(model: nn.Module, example_inputs: Any = None, *, training: bool = Fa
         return record(model, args, kwargs, training=training)
     inferred = infer_inputs(model)
     if inferred is None:
-        return _without_inputs(model, training, "")
+        return without_inputs(model, training=training)
     try:
         return record(model, *inferred, training=training)
     except ConversionError as error:
-        return _without_inputs(model, training, f"on inputs inferred from its configuration {error}; ")
+        return without_inputs(model, training=training, before=f"on inputs inferred from its configuration {error}; ")
 
 
 def check_runs(model: nn.Module, example_inputs: Any) -> None:
@@ -97,8 +98,20 @@ _SHARDED = {
 }
 
 
-def _without_inputs(model: nn.Module, training: bool, before: str) -> Trace:
+def without_inputs(model: nn.Module, *, training: bool = False, before: str = "") -> Trace:
+    """The graph of a model that is not run: traced symbolically, else read from the source of its classes.
+
+    Args:
+        before: what was tried first, for the message.
+
+    Raises:
+        ConversionError: neither works; the message says why, and what to pass.
+    """
     try:
         return trace_symbolically(model, training=training)
     except ConversionError as error:
-        raise ConversionError(f"{before}{error}; {PASS_INPUTS}") from error
+        traced = error
+    try:
+        return trace_live(model, training=training)
+    except ConversionError as error:
+        raise ConversionError(f"{before}{traced}; {error}; {PASS_INPUTS}") from error

@@ -20,7 +20,7 @@ from ..plan import Place, Span
 from .trace import Frame
 
 TORCH = str(Path(torch.__file__).parent) + "/"
-_OURS = str(Path(__file__).parents[1]) + "/"
+OURS = str(Path(__file__).parents[1]) + "/"
 _PASSED_OVER = (contextlib.__file__, functools.__file__)
 
 Key = tuple[str, int, str]
@@ -95,7 +95,7 @@ class _Code:
         file = code.co_filename
         self.code = code
         self.torch = file.startswith(TORCH)
-        self.passed_over = file in _PASSED_OVER or file.startswith(_OURS)
+        self.passed_over = file in _PASSED_OVER or file.startswith(OURS)
         first = code.co_varnames[:1] if code.co_argcount else ()
         self.candidates = (*first, *code.co_freevars)
         self._frames: dict[tuple[int, str | None], Frame] = {}
@@ -131,6 +131,11 @@ def _span(code: CodeType, lasti: int) -> Span:
 def _place(outermost: tuple[str, str, int], scope: Mapping[str, Any]) -> Place:
     file, qualname, line = outermost
     return Place(str(scope.get("__name__", "")), qualname, file, line)
+
+
+def place_of(function: FunctionType) -> Place:
+    """Where a function is written: the outermost one that holds it."""
+    return _place(_outermost(function.__code__, function.__globals__), function.__globals__)
 
 
 def _key(code: CodeType) -> Key:
@@ -175,7 +180,12 @@ def _find_override(code: CodeType, module: nn.Module, scope: Mapping[str, Any]) 
 
 
 def _method_code(value: object, cls: type) -> CodeType | None:
-    """The code of the method that a class attribute holds, inside whatever decorators made of it."""
+    found = method_function(value, cls)
+    return found.__code__ if found is not None else None
+
+
+def method_function(value: object, cls: type) -> FunctionType | None:
+    """The method that a class attribute holds, inside whatever decorators made of it."""
     if isinstance(value, (staticmethod, classmethod, MethodType)):
         value = value.__func__
     elif isinstance(value, property):
@@ -187,12 +197,12 @@ def _method_code(value: object, cls: type) -> CodeType | None:
     functions = list(_wrapped(value))
     own = [function for function in functions if function.__code__.co_qualname.startswith(f"{cls.__qualname__}.")]
     if own:
-        return own[0].__code__
+        return own[0]
     innermost = value
     while isinstance(inner := getattr(innermost, "__wrapped__", None), FunctionType) and inner in functions:
         innermost = inner
         functions.remove(inner)
-    return innermost.__code__
+    return innermost
 
 
 def _wrapped(function: FunctionType) -> Iterator[FunctionType]:

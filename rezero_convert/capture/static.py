@@ -189,7 +189,7 @@ def _placeholders(signature: ast.arguments, scope: Scope) -> None:
     assert scope.call is not None
     scope.env[positional[0].arg if positional else "self"] = scope.instance
     for arg in (*positional[1:], *signature.kwonlyargs, *([signature.vararg] if signature.vararg else [])):
-        if _is_plain(arg, defaults.get(arg.arg)):
+        if is_plain(arg, defaults.get(arg.arg)):
             scope.env[arg.arg] = UNKNOWN
             continue
         at = ast.copy_location(ast.Name(arg.arg, ast.Load()), arg)
@@ -201,7 +201,7 @@ def _placeholders(signature: ast.arguments, scope: Scope) -> None:
         scope.env[signature.kwarg.arg] = Table(unknown)
 
 
-def _is_plain(arg: ast.arg, default: ast.expr | None) -> bool:
+def is_plain(arg: ast.arg, default: ast.expr | None) -> bool:
     """Whether an argument is a number, a flag, a string, a function by its annotation or default."""
     if isinstance(default, ast.Constant) and default.value is not None:
         return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import operator
+from functools import singledispatch
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from . import static_builtins as builtins
 from .facts import Facts
 from .static_builtins import child
 from .static_core import Arguments, apply, evaluate, of_target
+from .static_exact import known_of_tensor
 from .static_modules import (
-    HELPERS,
     attributes,
     inline,
     seen,
@@ -57,9 +58,8 @@ from .static_values import (
     plain,
 )
 
-MAX_UNROLL = 8
 
-
+@singledispatch
 def iterate(value: Value, scope: Scope, at: ast.expr) -> Tup:
     """What a loop over a value meets."""
     if isinstance(value, Tup):
@@ -74,7 +74,7 @@ def iterate(value: Value, scope: Scope, at: ast.expr) -> Tup:
             stored = [item for _, item in items]
             if builtins.same_kind(stored):
                 return Tup((seen(stored[0], child(path, "*"), at, scope),), False)
-            each = tuple(seen(item, child(path, name), at, scope) for name, item in items[:MAX_UNROLL])
+            each = tuple(seen(item, child(path, name), at, scope) for name, item in items[: scope.state.limits.unroll])
             return Tup(each, all(name != "*" for name, _ in items))
         if scope.live and isinstance(value, Instance):
             return Tup((Instance(child(path, "*"), UNKNOWN_MODULE),), False)
@@ -123,6 +123,7 @@ def getitem(value: fx.Node, key: Any, at: ast.expr, scope: Scope) -> Value:
     return emit(scope, "call_function", operator.getitem, (value, key), {}, of_target(operator.getitem), at)
 
 
+@singledispatch
 def attribute(value: Value, name: str, at: ast.expr, scope: Scope) -> Value:
     """`value.name`."""
     if isinstance(value, fx.Node):
@@ -151,7 +152,7 @@ def attribute(value: Value, name: str, at: ast.expr, scope: Scope) -> Value:
 
 def _of_tensor(value: fx.Node, name: str, at: ast.expr, scope: Scope) -> Value:
     if name in builtins.PLAIN_ATTRIBUTES:
-        return DATA
+        return known_of_tensor(value, name) if scope.state.exact else DATA
     if name in ("T", "mT", "H", "mH", "real", "imag", "data"):
         return emit(scope, "call_function", getattr, (value, name), {}, Facts("layout", name), at)
     if hasattr(torch.Tensor, name):
@@ -228,15 +229,16 @@ def _of_written_class(value: Instance, cls: ClassRef, name: str, at: ast.expr, s
 
 def top_level(ref: ExpressionRef, scope: Scope) -> Value:
     """The value of a name assigned at the top of a file."""
-    if scope.helpers > HELPERS + 2:
+    if scope.helpers > scope.state.limits.helpers + 2:
         return UNKNOWN
     return evaluate(ref.node, Scope(State(None), ref.file, {}, None, helpers=scope.helpers + 1))
 
 
+@singledispatch
 def subscript(value: Value, key: Value, at: ast.expr, scope: Scope) -> Value:
     """`value[key]`."""
     if isinstance(value, fx.Node):
-        return getitem(value, plain(key), at, scope)
+        return getitem(value, written(key) if scope.state.exact else plain(key), at, scope)
     if isinstance(value, Tup):
         if isinstance(key, Const) and isinstance(key.value, int):
             position = key.value
@@ -263,8 +265,18 @@ def subscript(value: Value, key: Value, at: ast.expr, scope: Scope) -> Value:
     return UNKNOWN if value == UNKNOWN else DATA
 
 
+def written(key: Value) -> Any:
+    """An index as it is written, slices included."""
+    if isinstance(key, Object) and key.name == "slice":
+        return slice(*(plain(part) for part in key.args))
+    return tuple(written(item) for item in key.items) if isinstance(key, Tup) else plain(key)
+
+
 def _from_table(table: Table, key: Value, scope: Scope, at: ast.expr, made: bool) -> Value:
     """An entry of a table of classes; `made`: the table hands out instances."""
+    rest = table.items.get("*")
+    if scope.state.exact and isinstance(rest, fx.Node) and isinstance(key, Const) and key.value not in table.items:
+        return getitem(rest, plain(key), at, scope)
     if isinstance(key, Const) and isinstance(key.value, str) and key.value in table.items:
         entry = table.items[key.value]
         return apply(entry, Arguments(), at, scope) if made and not isinstance(entry, Tup) else entry

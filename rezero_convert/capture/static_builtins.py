@@ -16,7 +16,6 @@ from .static_names import ClassRef, Known, is_module
 from .static_values import (
     DATA,
     ELEMENTS,
-    MAX_ELEMENTS,
     UNKNOWN,
     Const,
     Instance,
@@ -196,12 +195,12 @@ def grown(value: Value, name: str, args: tuple[Value, ...], scope: Scope) -> Val
 def _grown_list(value: Tup, name: str, args: tuple[Value, ...], scope: Scope) -> Value | None:
     once = scope.loops == 0
     if name == "append":
-        return extend(value, Tup(args[:1], once))
+        return extend(value, Tup(args[:1], once), scope)
     if name == "insert" and len(args) > 1:
         return Tup((args[1], *value.items), value.exact, value.builtin)
     if name == "extend":
         other = args[0] if isinstance(args[0], Tup) else Tup((UNKNOWN,), False)
-        return extend(value, Tup(other.items, once and other.exact))
+        return extend(value, Tup(other.items, once and other.exact), scope)
     return None
 
 
@@ -217,15 +216,15 @@ def with_item(value: Value, key: Value, item: Value, scope: Scope) -> Value | No
             items = list(value.items)
             items[key.value] = item
             return Tup(tuple(items), value.exact, value.builtin)
-        return extend(value, Tup((item,), False))
+        return extend(value, Tup((item,), False), scope)
     return None
 
 
-def extend(a: Tup, b: Tup) -> Tup:
+def extend(a: Tup, b: Tup, scope: Scope) -> Tup:
     """`a + b`."""
-    items = a.items + b.items
-    if len(items) > MAX_ELEMENTS:
-        return Tup(items[:MAX_ELEMENTS], False, a.builtin)
+    items, limit = a.items + b.items, scope.state.limits.elements
+    if len(items) > limit:
+        return Tup(items[:limit], False, a.builtin)
     return Tup(items, a.exact and b.exact, a.builtin)
 
 

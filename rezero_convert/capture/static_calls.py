@@ -14,9 +14,10 @@ from torch import fx, nn
 from . import facts
 from . import static_builtins as builtins
 from .facts import Facts
-from .static_access import MAX_UNROLL, assign, attribute, iterate, subscript
+from .static_access import assign, attribute, iterate, subscript
 from .static_builtins import child
 from .static_core import Arguments, apply, evaluate, of_target, opaque_result, unknown_call
+from .static_exact import answer, builtin, changed, method_of_constant, plain_value
 from .static_modules import (
     call_elements,
     call_module,
@@ -112,21 +113,46 @@ def _arguments(node: ast.Call, scope: Scope) -> Arguments:
 def _call_attribute(base: Value, func: ast.Attribute, arguments: Arguments, at: ast.Call, scope: Scope) -> Value:
     """`base.name(...)`: methods that change their object rebind it; the rest as any call."""
     name = func.attr
+    taken = changed(base, name, arguments.args) if scope.state.exact and isinstance(base, (Tup, Table)) else None
+    if taken is not None:
+        assign(func.value, taken[0], scope)
+        return taken[1]
     grown = builtins.grown(base, name, arguments.args, scope)
     if grown is not None:
         assign(func.value, grown, scope)
         return Const(None)
+    if scope.state.exact and isinstance(base, Const):
+        return method_of_constant(base, name, arguments) or DATA
+    if scope.state.exact and isinstance(base, fx.Node) and not hasattr(torch.Tensor, name):
+        return _method_of_structure(base, name, arguments, at, scope)
     if isinstance(base, BaseCall) and name == "__init__":
         return _base_init(base, arguments, at, scope)
     registers = name in ("register_parameter", "register_buffer", "add_module", "register_module")
     if registers and isinstance(base, Instance) and base == scope.instance and not scope.live:
         return _register(name, arguments, scope)
+    rest = base.items.get("*") if scope.state.exact and isinstance(base, Table) else None
+    if isinstance(base, Table) and isinstance(rest, fx.Node) and name in ("get", "pop") and arguments.args:
+        key = arguments.args[0]
+        if not (isinstance(key, Const) and key.value in base.items):
+            return _method_of_structure(rest, name, arguments, at, scope)
     if isinstance(base, (Tup, Table)):
         result = builtins.container_method(base, name, arguments.args, scope, at)
         return result if result is not None else DATA
     if isinstance(base, Module):
         return base if builtins.is_module_method(name) else UNKNOWN
     return apply(attribute(base, name, func, scope), arguments, at, scope)
+
+
+def _method_of_structure(base: fx.Node, name: str, arguments: Arguments, at: ast.Call, scope: Scope) -> Value:
+    """A method of a value that is no tensor: of a dictionary of tensors among the inputs, say."""
+    if name in ("get", "pop") and arguments.args:
+        found = subscript(base, arguments.args[0], at, scope)
+        if isinstance(found, fx.Node):
+            found.meta["optional"] = True
+        return found
+    if name == "items":
+        return Tup((Tup((DATA, subscript(base, DATA, at, scope))),), False)
+    return apply(Attribute(base, name), arguments, at, scope)
 
 
 def _base_init(base: BaseCall, arguments: Arguments, at: ast.Call, scope: Scope) -> Value:
@@ -215,6 +241,9 @@ def _call_external(callee: External, arguments: Arguments, at: ast.expr, scope: 
 def _call_known(target: Any, arguments: Arguments, at: ast.expr, scope: Scope) -> Value:
     """A class or function of torch or of the standard library."""
     args = arguments.args
+    certain = answer(target, arguments) if scope.state.exact else None
+    if certain is not None:
+        return certain
     if isinstance(target, type):
         return _call_class(target, arguments, at, scope)
     name = getattr(target, "__name__", "")
@@ -330,24 +359,30 @@ def _call_torch_base(
 
 def _call_builtin(name: str, arguments: Arguments, at: ast.expr, scope: Scope) -> Value:
     args = arguments.args
+    certain = builtin(name, arguments) if scope.state.exact else None
+    if certain is not None:
+        return certain
     if name in _FUNCTION_OF_BUILTIN and args and isinstance(args[0], fx.Node):
         return _call_known(_FUNCTION_OF_BUILTIN[name], arguments, at, scope)
     if name == "range" or name in builtins.PLAIN_BUILTINS:
         return Tup((DATA,), False) if name == "range" else DATA
     if name in ("list", "tuple", "set", "frozenset", "sorted", "iter", "reversed", "enumerate", "zip", "next"):
-        return _call_iteration(name, args, at, scope)
+        started = (*args, *arguments.kwargs.values()) if name == "enumerate" else args
+        return _call_iteration(name, started, at, scope)
     if name == "getattr" and len(args) > 1:
         if isinstance(args[1], Const) and isinstance(args[1].value, str):
             return attribute(args[0], args[1].value, at, scope)
         return _some_attribute(args[0], at, scope)
     if name == "map" and len(args) > 1:
         inner = iterate(args[1], scope, at)
-        items = inner.items[:MAX_UNROLL]
+        items = inner.items[: scope.state.limits.unroll]
         return Tup(tuple(apply(args[0], Arguments((item,)), at, scope) for item in items), inner.exact)
     if name == "filter" and len(args) > 1:
-        return iterate(args[1], scope, at)
+        inner = iterate(args[1], scope, at)
+        return Tup(inner.items, inner.exact and not scope.state.exact)
     if name == "dict":
-        table = args[0].items if args and isinstance(args[0], Table) else {}
+        rest: dict[Any, Value] = {"*": UNKNOWN} if args and scope.state.exact else {}
+        table = args[0].items if args and isinstance(args[0], Table) else rest
         return Table({**table, **arguments.kwargs})
     if name in ("min", "max"):
         return join_all(args, scope, at) if any(isinstance(value, fx.Node) for value in args) else DATA
@@ -359,15 +394,19 @@ def _call_builtin(name: str, arguments: Arguments, at: ast.expr, scope: Scope) -
 def _call_iteration(name: str, args: tuple[Value, ...], at: ast.expr, scope: Scope) -> Value:
     """A builtin that makes a list or an iterator of its arguments."""
     if name == "zip":
-        return _zip([iterate(value, scope, at) for value in args])
+        return _zip([iterate(value, scope, at) for value in args], scope.state.limits.unroll)
     inner = iterate(args[0], scope, at) if args else Tup(())
     if name == "reversed":
         return Tup(inner.items[::-1], inner.exact)
+    start = plain_value(args[1]) if len(args) > 1 else 0
+    if name == "enumerate" and scope.state.exact and inner.exact and isinstance(start, int):
+        return Tup(tuple(Tup((Const(i), item)) for i, item in enumerate(inner.items, start)))
     if name == "enumerate":
         return Tup(tuple(Tup((DATA, item)) for item in inner.items), inner.exact)
     if name == "next":
         return inner.items[0] if inner.items else UNKNOWN
-    return Tup(inner.items, inner.exact, tuple if name == "tuple" else list)
+    exact = inner.exact and not (scope.state.exact and name in ("set", "frozenset", "sorted"))
+    return Tup(inner.items, exact, tuple if name == "tuple" else list)
 
 
 def _some_attribute(value: Value, at: ast.expr, scope: Scope) -> Value:
@@ -377,12 +416,12 @@ def _some_attribute(value: Value, at: ast.expr, scope: Scope) -> Value:
     return Instance(child(value.path, "*"), UNKNOWN_MODULE)
 
 
-def _zip(parts: list[Tup]) -> Tup:
+def _zip(parts: list[Tup], limit: int) -> Tup:
     if all(part.exact for part in parts):
         rows = zip(*(part.items for part in parts), strict=False)
         return Tup(tuple(Tup(tuple(row)) for row in rows))
     lengths = [len(part.items) for part in parts if part.exact]
-    if lengths and min(lengths) <= MAX_UNROLL and all(part.items for part in parts):
+    if lengths and min(lengths) <= limit and all(part.items for part in parts):
         rows = zip(
             *(part.items if part.exact else (*part.items, *part.items[-1:] * 64) for part in parts), strict=False
         )

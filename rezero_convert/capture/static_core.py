@@ -34,8 +34,6 @@ from .static_values import (
     opaque,
 )
 
-MAX_WORK = 30_000
-
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
@@ -71,7 +69,7 @@ def execute(body: list[ast.stmt], scope: Scope) -> bool:
     """Analyse statements in order; False if control does not get past them."""
     for statement in body:
         scope.state.work += 1
-        if scope.state.work > MAX_WORK:
+        if scope.state.work > scope.state.limits.work:
             scope.state.notes["analysis cut short: too many statements"] = None
             return True
         if not perform(statement, scope):

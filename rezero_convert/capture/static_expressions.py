@@ -11,8 +11,9 @@ from typing import Any
 from torch import fx
 
 from . import static_builtins as builtins
-from .static_access import MAX_UNROLL, assign, attribute, iterate, subscript, top_level
+from .static_access import assign, attribute, iterate, subscript, top_level
 from .static_core import evaluate, of_target
+from .static_exact import compare, holds
 from .static_names import (
     ClassRef,
     ExpressionRef,
@@ -83,6 +84,8 @@ def _name(node: ast.Name, scope: Scope) -> Value:
         found = outer.scope.env.get(node.id)
         if found is not None:
             return found
+    if scope.real is not None and scope.state.lift is not None:
+        return scope.state.lift(scope.real[node.id], scope, node, "") if node.id in scope.real else UNKNOWN
     ref = resolve(scope.file, node.id)
     if isinstance(ref, ExpressionRef):
         return top_level(ref, scope)
@@ -109,6 +112,8 @@ def binary(
     if listed is not None:
         return listed
     a, b = operand(left), operand(right)
+    if scope.state.exact and isinstance(a, str) and isinstance(b, str) and isinstance(op, ast.Add):
+        return Const(a + b)
     if not scope.live or not (isinstance(a, fx.Node) or isinstance(b, fx.Node)):
         return _fold(op, left, right) if isinstance(left, Const) and isinstance(right, Const) else DATA
     target = _OPERATORS[type(op)][1 if inplace else 0]
@@ -122,7 +127,7 @@ def _of_lists(op: ast.operator, left: Value, right: Value, at: ast.expr | ast.Au
     written = at.right if isinstance(at, ast.BinOp) else at.value if isinstance(at, ast.AugAssign) else None
     if isinstance(op, ast.Add):
         if isinstance(left, Tup) and isinstance(right, Tup):
-            joined = builtins.extend(left, right)
+            joined = builtins.extend(left, right, scope)
             return dataclasses.replace(joined, exact=joined.exact and scope.loops == 0)
         if isinstance(written, (ast.Tuple, ast.List)):  # the left side is some list we know nothing of
             return right
@@ -131,6 +136,8 @@ def _of_lists(op: ast.operator, left: Value, right: Value, at: ast.expr | ast.Au
     if isinstance(op, ast.Mult):
         for value, other in ((left, right), (right, left)):
             if isinstance(value, Tup) and not isinstance(other, fx.Node):
+                if scope.state.exact and isinstance(other, Const) and isinstance(other.value, int):
+                    return Tup(value.items * min(other.value, scope.state.limits.elements), value.exact, value.builtin)
                 return Tup(value.items[:1], False, value.builtin) if value.items else value
             if isinstance(value, Module) and value.role == "buffer":
                 return value
@@ -160,6 +167,9 @@ def _unary(node: ast.UnaryOp, scope: Scope) -> Value:
         return Const(-value.value)
     if isinstance(value, Const) and isinstance(node.op, ast.Not):
         return Const(not value.value)
+    if scope.state.exact and isinstance(node.op, ast.Not):
+        truth_of_it = holds(value)
+        return DATA if truth_of_it is None else Const(not truth_of_it)
     return DATA
 
 
@@ -168,6 +178,9 @@ def _compare(node: ast.Compare, scope: Scope) -> Value:
     left = evaluate(node.left, scope)
     right = evaluate(node.comparators[0], scope)
     target = _COMPARISONS.get(type(node.ops[0]))
+    tensors = target is not None and (isinstance(left, fx.Node) or isinstance(right, fx.Node))
+    if scope.state.exact and len(node.ops) == 1 and not tensors:
+        return compare(node.ops[0], left, right)
     if scope.live and target is not None and (isinstance(left, fx.Node) or isinstance(right, fx.Node)):
         return emit(scope, "call_function", target, (operand(left), operand(right)), {}, of_target(target), node)
     return DATA
@@ -175,6 +188,8 @@ def _compare(node: ast.Compare, scope: Scope) -> Value:
 
 @evaluate.register
 def _boolop(node: ast.BoolOp, scope: Scope) -> Value:
+    if scope.state.exact:
+        return _short_circuit(node, scope)
     values = [evaluate(value, scope) for value in node.values]
     if isinstance(node.op, ast.And):
         return values[-1] if not isinstance(values[-1], Const) else DATA
@@ -182,6 +197,20 @@ def _boolop(node: ast.BoolOp, scope: Scope) -> Value:
     if not present:
         return values[-1] if not isinstance(values[-1], External) else UNKNOWN
     return join_all(present, scope, node)
+
+
+def _short_circuit(node: ast.BoolOp, scope: Scope) -> Value:
+    """`and` and `or` as Python evaluates them, operand by operand until one decides."""
+    decisive = isinstance(node.op, ast.Or)
+    possible: list[Value] = []
+    for part in node.values:
+        value = evaluate(part, scope)
+        certain = holds(value)
+        if certain is decisive:
+            return value if not possible or not decisive else join_all([*possible, value], scope, node)
+        if certain is None or part is node.values[-1]:
+            possible.append(value)
+    return join_all(possible, scope, node)
 
 
 def _is_false(value: Value) -> bool:
@@ -239,18 +268,23 @@ def _comprehension(node: ast.ListComp | ast.GeneratorExp | ast.SetComp, scope: S
     saved = dict(scope.env)
     sources_ = [iterate(evaluate(node.generators[0].iter, scope), scope, node)]
     results: list[Value] = []
-    only = len(node.generators) == 1 and not node.generators[0].ifs
-    unrolled = only and sources_[0].exact and len(sources_[0].items) <= MAX_UNROLL
+    only = len(node.generators) == 1 and (scope.state.exact or not node.generators[0].ifs)
+    unrolled = only and sources_[0].exact and len(sources_[0].items) <= scope.state.limits.unroll
+    exact = unrolled
     scope.loops += 1
     for item in sources_[0].items if unrolled else sources_[0].items[:1]:
         assign(node.generators[0].target, item, scope)
+        wanted = [truth(test, scope) for test in node.generators[0].ifs] if scope.state.exact else []
+        if False in wanted:
+            continue
+        exact = exact and None not in wanted
         for generator in node.generators[1:]:
             inner = iterate(evaluate(generator.iter, scope), scope, node)
             assign(generator.target, inner.items[0] if inner.items else UNKNOWN, scope)
         results.append(evaluate(node.elt, scope))
     scope.loops -= 1
     scope.env = saved
-    return Tup(tuple(results), unrolled, list)
+    return Tup(tuple(results), exact, list)
 
 
 @evaluate.register
@@ -296,17 +330,24 @@ def _slice(node: ast.Slice, scope: Scope) -> Value:
 
 @evaluate.register
 def _data(node: ast.JoinedStr | ast.FormattedValue, scope: Scope) -> Value:
+    if scope.state.exact and isinstance(node, ast.JoinedStr):
+        parts = [evaluate(p.value if isinstance(p, ast.FormattedValue) else p, scope) for p in node.values]
+        plain_text = not any(isinstance(p, ast.FormattedValue) and p.format_spec is not None for p in node.values)
+        if plain_text and all(isinstance(part, Const) for part in parts):
+            return Const("".join(str(part.value) for part in parts if isinstance(part, Const)))
     return DATA
 
 
 def evaluate_test(node: ast.expr, scope: Scope) -> None:
     """Bind what a condition binds. Its operations are no data flow and make no nodes."""
-    if any(isinstance(part, ast.NamedExpr) for part in ast.walk(node)):
+    if not scope.state.exact and any(isinstance(part, ast.NamedExpr) for part in ast.walk(node)):
         evaluate(node, scope)
 
 
 def truth(node: ast.expr, scope: Scope) -> bool | None:
     """Whether a condition holds, if that is certain from constants at hand."""
+    if scope.state.exact:
+        return _exact_truth(node, scope)
     if isinstance(node, ast.Constant):
         return bool(node.value)
     if isinstance(node, ast.Name):
@@ -333,3 +374,20 @@ def truth(node: ast.expr, scope: Scope) -> bool | None:
         if isinstance(node.ops[0], (ast.Eq, ast.NotEq)) and isinstance(value, Const):
             return bool(value.value == other.value) == isinstance(node.ops[0], ast.Eq)
     return None
+
+
+def _exact_truth(node: ast.expr, scope: Scope) -> bool | None:
+    """The truth of a condition whose operations are carried out on values, as far as Python would."""
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        inner = _exact_truth(node.operand, scope)
+        return None if inner is None else not inner
+    if isinstance(node, ast.BoolOp):
+        decisive = isinstance(node.op, ast.Or)
+        found: bool | None = not decisive
+        for part in node.values:
+            certain = _exact_truth(part, scope)
+            if certain is decisive:
+                return decisive
+            found = None if certain is None else found
+        return found
+    return holds(evaluate(node, scope))

@@ -14,7 +14,7 @@ from . import facts
 from . import static_builtins as builtins
 from .facts import Facts
 from .static_builtins import attach, child
-from .static_core import MAX_WORK, Arguments, apply, evaluate, execute, opaque_result, unknown_call
+from .static_core import Arguments, apply, evaluate, execute, opaque_result, unknown_call
 from .static_names import (
     ClassRef,
     External,
@@ -54,15 +54,6 @@ from .static_values import (
 )
 from .trace import Call
 
-DEPTH = 3
-"""Levels of submodules that are entered; deeper ones are opaque."""
-HELPERS = 3
-"""Levels of plain functions that are entered."""
-
-MAX_STACK = 14
-
-MAX_NODES = 12_000
-
 _shared: dict[Any, dict[str, Value]] = {}
 
 _pending: set[int] = set()
@@ -80,7 +71,8 @@ def call_module(instance: Instance, arguments: Arguments, at: ast.expr, scope: S
         found = method(module.cls, "forward")
         base = torch_base(module.cls)
         if isinstance(found, Method):
-            if scope.depth < DEPTH and not _too_much(scope) and not _entered(found.node, instance.path, scope):
+            inside = scope.depth < scope.state.limits.depth and not too_much(scope)
+            if inside and not _entered(found.node, instance.path, scope):
                 return _inline_module(instance, found, arguments, at, scope)
             return leaf(instance, module_facts(module), arguments, at, scope)
         if base is not None and issubclass(base, nn.Sequential):
@@ -102,12 +94,13 @@ def leaf(instance: Instance, own: Facts, arguments: Arguments, at: ast.expr, sco
     return emit(scope, "call_module", instance.path or "self", args, kwargs, own, at)
 
 
-def _too_much(scope: Scope) -> bool:
+def too_much(scope: Scope) -> bool:
+    """Whether the analysis is to go no deeper."""
     state = scope.state
-    if state.work > MAX_WORK or state.count > MAX_NODES:
+    if state.work > state.limits.work or state.count > state.limits.nodes:
         state.notes["analysis cut short: too large"] = None
         return True
-    return len(scope.active) > MAX_STACK
+    return len(scope.active) > state.limits.stack
 
 
 def _entered(node: ast.AST, path: str, scope: Scope) -> bool:
@@ -265,19 +258,19 @@ def inline(callee: Bound | Closure | FunctionRef, arguments: Arguments, at: ast.
         found, instance = callee.method, callee.instance
         if instance != scope.instance and found.node.name in ("forward", "__call__"):
             return call_module(instance, arguments, at, scope)
-        if _too_much(scope) or _entered(found.node, instance.path, scope):
+        if too_much(scope) or _entered(found.node, instance.path, scope):
             return opaque_result(arguments, at, scope)
         if found.decorators and "classmethod" in found.decorators:
             return opaque_result(arguments, at, scope)
         deeper = scope.depth if instance == scope.instance else scope.depth + 1
-        if deeper > DEPTH:
+        if deeper > scope.state.limits.depth:
             return opaque_result(arguments, at, scope)
         return _run(found.node, found.cls.file, _place(found), arguments, scope, at, instance, found.cls, scope.call)
     if isinstance(callee, Closure):
-        if _too_much(scope) or _entered(callee.node, "", scope):
+        if too_much(scope) or _entered(callee.node, "", scope):
             return opaque_result(arguments, at, scope)
         return _run_closure(callee, arguments, at, scope)
-    if scope.helpers >= HELPERS or _too_much(scope) or _entered(callee.node, "", scope):
+    if scope.helpers >= scope.state.limits.helpers or too_much(scope) or _entered(callee.node, "", scope):
         return unknown_call(arguments, at, scope)
     if not scope.live and not _returns(callee.node):
         return UNKNOWN  # what it does to others' attributes is not followed
@@ -337,10 +330,11 @@ def _run(
     execute(node.body, inner)
     if own_self:
         scope.env.update({key: value for key, value in inner.env.items() if key.startswith("self.")})
-    return join_all(inner.returns, inner, _end(node)) if inner.returns else Const(None)
+    return join_all(inner.returns, inner, end(node)) if inner.returns else Const(None)
 
 
-def _end(node: ast.FunctionDef | ast.AsyncFunctionDef) -> ast.stmt:
+@sources.cached
+def end(node: ast.FunctionDef | ast.AsyncFunctionDef) -> ast.stmt:
     """The last return of a function, the place where its results join."""
     returns = [part for part in ast.walk(node) if isinstance(part, ast.Return) and part.value is not None]
     return max(returns, key=lambda part: part.lineno) if returns else node.body[-1]
@@ -360,16 +354,18 @@ def _run_closure(callee: Closure, arguments: Arguments, at: ast.expr, scope: Sco
         depth=max(scope.depth, made_in.depth),
         helpers=scope.helpers,
         active=(*scope.active, (callee.node, "")),
+        site=made_in.site,
+        real=made_in.real,
     )
     inner.env = dict(made_in.env)
     bind(callee.node.args, made_in.file, arguments, inner, None)
     if isinstance(callee.node, ast.Lambda):
         return evaluate(callee.node.body, inner)
     execute(callee.node.body, inner)
-    return join_all(inner.returns, inner, _end(callee.node)) if inner.returns else Const(None)
+    return join_all(inner.returns, inner, end(callee.node)) if inner.returns else Const(None)
 
 
-def bind(signature: ast.arguments, file: str, arguments: Arguments, inner: Scope, instance: Instance | None) -> None:
+def bind(signature: ast.arguments, file: str, arguments: Arguments, inner: Scope, instance: Value | None) -> None:
     """Put arguments into the environment of a function, defaults for those not given."""
     names = [arg.arg for arg in (*signature.posonlyargs, *signature.args)]
     env = inner.env

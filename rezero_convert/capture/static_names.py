@@ -96,13 +96,13 @@ Reference = Known | FileRef | ClassRef | FunctionRef | ExpressionRef | External
 
 
 @dataclass(frozen=True, slots=True)
-class _Import:
+class Import:
     module: str
     level: int
     attribute: str | None
 
 
-_Binding = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef | ast.expr | _Import
+_Binding = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef | ast.expr | Import
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,7 +111,7 @@ class Index:
 
     tree: ast.Module
     names: dict[str, list[_Binding]]
-    stars: tuple[_Import, ...]
+    stars: tuple[Import, ...]
     classes: dict[str, ast.ClassDef]
     """All classes by qualified name, those within functions and classes too."""
     cache: dict[str, Reference | None]
@@ -130,7 +130,7 @@ def index(file: str) -> Index | None:
     if known is not None and known.tree is tree:
         return known
     names: dict[str, list[_Binding]] = {}
-    stars: list[_Import] = []
+    stars: list[Import] = []
     _collect(tree.body, names, stars)
     classes: dict[str, ast.ClassDef] = {}
     _collect_classes(tree.body, "", classes)
@@ -139,17 +139,17 @@ def index(file: str) -> Index | None:
     return made
 
 
-def imported(statement: ast.Import | ast.ImportFrom) -> dict[str, _Import]:
+def imported(statement: ast.Import | ast.ImportFrom) -> dict[str, Import]:
     """The names an import statement binds; star imports bind none here."""
     if isinstance(statement, ast.Import):
         return {
-            alias.asname or alias.name.partition(".")[0]: _Import(
+            alias.asname or alias.name.partition(".")[0]: Import(
                 alias.name if alias.asname else alias.name.partition(".")[0], 0, None
             )
             for alias in statement.names
         }
     return {
-        alias.asname or alias.name: _Import(statement.module or "", statement.level, alias.name)
+        alias.asname or alias.name: Import(statement.module or "", statement.level, alias.name)
         for alias in statement.names
         if alias.name != "*"
     }
@@ -183,7 +183,7 @@ def resolve(file: str, name: str, hops: int = 0) -> Reference | None:
     return result
 
 
-def resolve_import(file: str, binding: _Import, hops: int = 0) -> Reference:
+def resolve_import(file: str, binding: Import, hops: int = 0) -> Reference:
     """What an imported name refers to."""
     base = locate(file, binding.module, binding.level)
     if base is None:
@@ -405,7 +405,7 @@ def _in_folder(folder: str, name: str) -> str | None:
 
 
 def _resolve_binding(file: str, name: str, binding: _Binding, hops: int) -> Reference:
-    if isinstance(binding, _Import):
+    if isinstance(binding, Import):
         return resolve_import(file, binding, hops)
     if isinstance(binding, ast.ClassDef):
         return ClassRef(file, name, binding)
@@ -465,7 +465,7 @@ def _flat(body: list[ast.stmt]) -> list[ast.stmt]:
     return flat
 
 
-def _collect(body: list[ast.stmt], names: dict[str, list[_Binding]], stars: list[_Import]) -> None:
+def _collect(body: list[ast.stmt], names: dict[str, list[_Binding]], stars: list[Import]) -> None:
     for statement in _flat(body):
         if isinstance(statement, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             names.setdefault(statement.name, []).insert(0, statement)  # the last definition is the one that counts
@@ -473,7 +473,7 @@ def _collect(body: list[ast.stmt], names: dict[str, list[_Binding]], stars: list
             for name, binding in imported(statement).items():
                 names.setdefault(name, []).append(binding)
             if isinstance(statement, ast.ImportFrom) and any(alias.name == "*" for alias in statement.names):
-                stars.append(_Import(statement.module or "", statement.level, None))
+                stars.append(Import(statement.module or "", statement.level, None))
         elif isinstance(statement, ast.Assign):
             for target in statement.targets:
                 if isinstance(target, ast.Name):

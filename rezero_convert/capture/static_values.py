@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any, Literal
 
 import torch
@@ -16,9 +17,6 @@ from ..plan import Place
 from .facts import Facts
 from .static_names import ClassRef, ExpressionRef, External, FileRef, FunctionRef, Known, Method
 from .trace import Call, Frame, Origin
-
-MAX_ELEMENTS = 64
-"""Lists longer than this are seen as loops over their first element."""
 
 ELEMENTS = "self.<elements>"
 """Environment key of the elements of a container module under construction."""
@@ -99,6 +97,50 @@ class Instance:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class LiveInstance(Instance):
+    """A module that exists, at its path from the root. There is one of these for each in a capture."""
+
+    live: nn.Module
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Real:
+    """An object that exists, of a kind with no other form here."""
+
+    obj: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Real) and other.obj is self.obj
+
+    def __hash__(self) -> int:
+        return id(self.obj)
+
+
+@dataclass(frozen=True, slots=True)
+class RealFunction:
+    """A Python function that exists, with the `self` or class it is bound to."""
+
+    function: FunctionType
+    receiver: Value | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Special:
+    """A function of Python or method of `nn.Module` that asks about objects."""
+
+    name: str
+    receiver: Value | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RealSuper:
+    """`super()` in a method of an object that exists."""
+
+    receiver: Value
+    after: type
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Bound:
     """A method of a module."""
 
@@ -158,6 +200,10 @@ Value = (
     | Object
     | Module
     | Instance
+    | Real
+    | RealFunction
+    | RealSuper
+    | Special
     | Bound
     | BaseCall
     | Attribute
@@ -174,6 +220,25 @@ Value = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How far an analysis goes."""
+
+    work: int = 30_000
+    """Statements."""
+    nodes: int = 12_000
+    stack: int = 14
+    """Functions within functions."""
+    depth: int = 3
+    """Levels of submodules that are entered; deeper ones are opaque."""
+    helpers: int = 3
+    """Levels of plain functions that are entered."""
+    unroll: int = 8
+    """Passes of a loop; longer ones are seen once."""
+    elements: int = 64
+    """Lists longer than this are seen as loops over their first element."""
+
+
 @dataclass(slots=True, eq=False)
 class State:
     """What one capture has produced so far."""
@@ -187,6 +252,14 @@ class State:
     scalars: int = 0
     notes: dict[str, None] = field(default_factory=dict)
     names: dict[str, int] = field(default_factory=dict)
+    limits: Limits = Limits()
+    lift: Callable[[Any, Scope, ast.expr | ast.stmt, str], Value] | None = None
+    """For objects that exist: the value of one, given where it is met and its path from the root ("" if it has none).
+    Then constants are facts, and conditions on them are decided. None where only text is known."""
+
+    @property
+    def exact(self) -> bool:
+        return self.lift is not None
 
 
 @dataclass(slots=True, eq=False)
@@ -212,7 +285,15 @@ class Scope:
     active: tuple[tuple[ast.AST, str], ...] = ()
     returns: list[Value] = field(default_factory=list)
     escapes: list[dict[str, Value]] = field(default_factory=list)
-    """Environments at `break` and `continue`."""
+    """Environments at `continue`, and at `break` where it is not told apart."""
+    breaks: list[dict[str, Value]] | None = None
+    """Environments at `break` of a loop that is taken pass by pass."""
+    passes: int = 0
+    """The pass of a loop of unknown length, counted from 1."""
+    site: tuple[Frame, ...] | None = None
+    """Where everything is said to come from, for functions that are no code of the model's."""
+    real: Mapping[str, Any] | None = None
+    """What names that are not local stand for, where the function exists."""
 
     @property
     def live(self) -> bool:
@@ -240,6 +321,8 @@ UNKNOWN_MODULE = Module("opaque", Facts("other", "", weight=True))
 
 
 def frames(scope: Scope, node: ast.expr | ast.stmt) -> tuple[Frame, ...]:
+    if scope.site is not None:
+        return scope.site
     assert scope.place is not None
     owner = scope.instance.path if scope.instance is not None else None
     own = Frame(scope.place, sources.span_of(scope.file, node), owner)
@@ -321,9 +404,8 @@ def is_identity(value: Value) -> bool:
 
 
 def is_callable(value: Value) -> bool:
-    return isinstance(value, (Module, Instance, Bound, Closure, Partial, Either, ClassRef, FunctionRef)) or (
-        isinstance(value, Known) and callable(value.obj)
-    )
+    kinds = (Module, Instance, Bound, Closure, Partial, Either, ClassRef, FunctionRef, RealFunction)
+    return isinstance(value, kinds) or (isinstance(value, (Known, Real)) and callable(value.obj))
 
 
 def optionally(module: Module) -> Module:
@@ -339,6 +421,10 @@ def join(a: Value | None, b: Value | None, scope: Scope, at: ast.expr | ast.stmt
         return a if a is not None else UNKNOWN
     if isinstance(a, fx.Node) and isinstance(b, fx.Node):
         return emit(scope, "call_function", choice, (a, b), {}, CHOICE, at) if scope.live else a
+    if scope.state.exact and Const(None) in (a, b) and (isinstance(a, fx.Node) or isinstance(b, fx.Node)):
+        made = emit(scope, "call_function", choice, (a if isinstance(a, fx.Node) else b,), {}, CHOICE, at)
+        made.meta["optional"] = True
+        return made
     if isinstance(a, Module) or isinstance(b, Module):
         return _join_modules(a, b)
     if is_absent(a) or is_absent(b):
