@@ -1,0 +1,205 @@
+"""transformers: classes of its auto mappings, from shrunk configurations.
+
+A configuration is shrunk by the names and defaults of its fields, sub-configurations included; what that gets wrong is
+in `EXCEPTIONS`. Where the small model cannot be built or does not run, one with only its depth and vocabulary shrunk is
+tried, then the default configuration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rezero_convert.capture import infer_inputs
+
+from .made import Attempt
+
+MAPPINGS = (
+    "CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_CLASSIFICATION", "AUDIO_CLASSIFICATION", "CTC",
+    "SPEECH_SEQ_2_SEQ", "ZERO_SHOT_IMAGE_CLASSIFICATION", "VIDEO_CLASSIFICATION",
+)  # fmt: skip
+
+Rules = tuple[tuple[str, int | None], ...]
+
+DEPTH = r"(^|_)layers?$|^depth$|^num_blocks$"
+VOCABULARY: Rules = ((r"^type_vocab_size$", None), (r"^vocab_size$|^\w+_vocab_size$", 128))
+WIDTH: Rules = (
+    (r"(^|_)kv_heads?$|num_key_value_heads$|^n_head_kv$|^multi_query_group_num$", 2),
+    (r"^mamba_(d_head|head_dim|headdim)$|^qk_head_dim$", 32),
+    (r"(^|_)d_head$|head_dim$|^d_kv$|attention_head_size$|^head_size$|^rotary_dim$", 16),
+    (r"(^|_)(heads|head)$", 4),
+    (r"lora_rank$", 32),
+    (r"(intermediate_size|ffn_dim|d_ff|mlp_dim|ffn_hidden_size|feed_forward\w*)$|^n_inner$|^hidden_dim_ff$", 128),
+    (r"(^|_)hidden_size$|^d_model$|^n_embd$|^embed_dim$|embedding_size$|^projection_dim$|^dim$|^projection_size$", 64),
+    (r"^hidden_dim$|^encoder_hidden_dim$|^projection_hidden_dim$|^d_embed$|^lm_hidden_size$|^embedding_dim$", 64),
+    (r"^num_(local_|routed_)?experts$|^n_routed_experts$|^moe_num_experts$", 4),
+    (r"^num_experts_per_tok(en)?$|^moe_topk$|^moe_k$", 2),
+    (r"^n_group$|^topk_group$|^(mamba_)?n_groups$", 1),
+    (r"^max_source_positions$", 32),
+    (r"^rnn_hidden_size$|^lru_width$|^mamba_d_state$|^ssm_state_size$|^state_size$", 16),
+)
+"""Names of integer fields and what they are set to if their default is larger; the first match counts."""
+
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+EXCEPTIONS: dict[str, dict[str, Any]] = {
+    "JambaConfig": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2},  # both kinds in 2 layers
+    "Mamba2Config": {"head_dim": 32},  # heads x head_dim = 2 x hidden_size
+    "BambaConfig": {"attn_layer_indices": [1]},  # both kinds in 2 layers
+    "EsmConfig": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},  # defaults to None
+    "XmodConfig": {"default_language": "en_XX"},  # else the language must be set on the model
+    "HunYuanDenseV1Config": {"rope_parameters": _ROPE},  # no default
+    "HunYuanMoEV1Config": {"rope_parameters": _ROPE},
+    "MinistralConfig": {"rope_parameters": _ROPE},
+    "NemotronConfig": {"num_key_value_heads": 2},  # None is not replaced
+    "Dots1Config": {"n_routed_experts": 4, "n_group": 1, "topk_group": 1},  # defaults to None
+    "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"]},  # defaults to None
+    "GPTNeoConfig": {"attention_types": [[["global", "local"], 1]]},  # must add up to the layers
+    "Gemma3nTextConfig": {"num_kv_shared_layers": 0},  # of 2 layers none can share
+    "ReformerConfig": {"axial_pos_embds_dim": (32, 32), "is_decoder": True},  # must add up to hidden_size
+}
+"""Fields of configurations, by class, that the rules get wrong, each with its reason."""
+
+
+def names() -> list[str]:
+    """Every model class of the mappings once, of each mapping in turn."""
+    from transformers.models.auto import modeling_auto
+
+    listed: list[list[str]] = []
+    for mapping in MAPPINGS:
+        entries = getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES").values()
+        listed.append([name for one in entries for name in ([one] if isinstance(one, str) else one)])
+    turns = itertools.zip_longest(*listed)
+    return list(dict.fromkeys(name for turn in turns for name in turn if name is not None))
+
+
+def attempts(name: str) -> Iterator[Attempt]:
+    import transformers
+
+    cls: Any = getattr(transformers, name)
+    small = (*VOCABULARY, *WIDTH)
+    ladder: tuple[tuple[str, Rules, int], ...] = (
+        ("small", small, 2), ("small, 4 layers", small, 4), ("shallow", VOCABULARY, 2), ("default", (), 0),
+    )  # fmt: skip
+    for title, rules, depth in ladder:
+        build = lambda r=rules, d=depth: cls._from_config(shrunk(cls.config_class, r, d))  # noqa: E731
+        yield Attempt(build, (_inferred, _required, _all), title)
+
+
+def shrunk(cls: Any, rules: Rules, depth: int, start: Any = None) -> Any:
+    """A configuration with its integers cut by rules, and its layers to `depth` of as many kinds as there are."""
+    default = cls() if start is None else start
+    values = {field.name: vars(default).get(field.name) for field in dataclasses.fields(cls)}
+    if not depth:
+        return default
+    heads = values.get("num_attention_heads")
+    changed: dict[str, Any] = {}
+    deep = set()
+    tokens = 3
+    for name, value in values.items():
+        if hasattr(value, "model_type") and dataclasses.is_dataclass(value):
+            changed[name] = shrunk(type(value), rules, depth, value)
+        elif type(value) is int and re.search(DEPTH, name) and value > depth:
+            changed[name] = depth
+            deep.add(value)
+        elif name == "vocab_size" and value is None:  # of a CTC head
+            changed[name] = 128
+        elif type(value) is int and value >= 128 and re.search(r"token_(id|index)$", name):
+            changed[name] = tokens = tokens + 1
+        elif type(value) is int:
+            limit = next((to for pattern, to in rules if re.search(pattern, name)), None)
+            if limit == 2 and value == heads and "head" in name:
+                limit = 4  # as many as there are query heads
+            if limit is not None and value > limit:
+                changed[name] = limit
+    for name, value in values.items():
+        if isinstance(value, (list, tuple)) and len(value) in deep:
+            changed[name] = type(value)(_few(value, depth))
+    config = cls(**(changed | EXCEPTIONS.get(cls.__name__, {})))
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = 0
+    return config
+
+
+def _few(values: Any, number: int) -> list[Any]:
+    """Some of the values, in order, of as many kinds as possible."""
+    first = {str(value): index for index, value in reversed(list(enumerate(values)))}
+    chosen = sorted([*sorted(first.values()), *(i for i in range(len(values)) if i not in first.values())][:number])
+    return [values[index] for index in chosen]
+
+
+# Inputs
+
+
+def _inferred(model: Any) -> Any:
+    """What the package itself infers."""
+    found = infer_inputs(model)
+    if found is None:
+        raise ValueError("no inputs are inferred")
+    return found[1]
+
+
+def _required(model: Any) -> dict[str, Any]:
+    """The main input, arguments without a default, and the decoder's."""
+    parameters = inspect.signature(model.forward).parameters
+    wanted = [model.main_input_name]
+    wanted += [
+        name
+        for name, one in parameters.items()
+        if one.default is inspect.Parameter.empty and one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)
+    ]
+    if getattr(model.config, "is_encoder_decoder", False):
+        wanted += [name for name in ("decoder_input_ids",) if name in parameters]
+    return {name: _MAKERS[name](model) for name in dict.fromkeys(wanted)}
+
+
+def _all(model: Any) -> dict[str, Any]:
+    """Every argument that is known how to make."""
+    parameters = inspect.signature(model.forward).parameters
+    return {name: make(model) for name, make in _MAKERS.items() if name in parameters}
+
+
+def _part(model: Any, *names: str) -> Any:
+    return next((found for name in names if (found := getattr(model.config, name, None)) is not None), model.config)
+
+
+def _ids(model: Any) -> Tensor:
+    size = getattr(model.config.get_text_config(), "vocab_size", None) or 100
+    return torch.randint(min(20, size // 2), min(size, 100), (2, 8))
+
+
+def _pixels(model: Any) -> Tensor:
+    vision = _part(model, "vision_config")
+    size = getattr(vision, "image_size", None) or 64
+    height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
+    frames = getattr(vision, "num_frames", None)
+    channels = int(getattr(vision, "num_channels", 3))
+    return torch.randn(2, *([frames] if isinstance(frames, int) else []), channels, int(height), int(width))
+
+
+def _features(model: Any) -> Tensor:
+    """Frames of audio: (batch, frames, bins); Whisper's other order is inferred."""
+    audio = _part(model, "audio_config", "encoder_config")
+    fields = ("feature_projection_input_dim", "input_feat_per_channel", "num_mel_bins", "feature_size", "input_dim")
+    bins = next((int(n) for name in fields if isinstance(n := getattr(audio, name, None), int)), 80)
+    return torch.randn(2, 64, bins)
+
+
+def _boxes(model: Any) -> Tensor:
+    return torch.tensor([[10, 20, 30, 40]]).repeat(2, 8, 1)
+
+
+_MAKERS: dict[str, Callable[[Any], Any]] = {
+    "input_ids": _ids,
+    "decoder_input_ids": _ids,
+    "pixel_values": _pixels,
+    "input_features": _features,
+    "input_values": lambda model: torch.randn(2, 8000),
+    "bbox": _boxes,
+}
