@@ -6,13 +6,11 @@ model's definition, not from the detector.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
 import zoo
-from torch import nn
 
 import rezero_convert as rz
 
@@ -48,6 +46,10 @@ CASES = [
     _timm("nf_regnet_b0", 1 + 3 + 6 + 6, 64),
     _timm("regnety_004", 1 + 3 + 6 + 6, 64),
     _timm("mvitv2_tiny", 2 * 10, 224),
+    _timm("hiera_tiny_224", 2 * (1 + 2 + 7 + 2), 224),  # at the head of three stages the attention's skip is pooled
+    _timm(  # a block's five; two before and two after each merge
+        "efficientvit_m0", 5 * (1 + 2 + 3) + 2 * (2 + 2), 64, img_size=64
+    ),
     _timm("levit_128s", 2 * (2 + 3 + 4) + 2, 224),
     _timm("fastvit_t8", 2 * (2 + 2 + 4 + 2), 64),
     _timm("res2net50_14w_8s", 16, 64),
@@ -83,20 +85,7 @@ CASES = [
 
 @pytest.mark.parametrize("case", CASES)
 def test_zoo_model(case: zoo.Case) -> None:
-    model, inputs = case.make(), case.inputs()
-    preserved = rz.convert(model, inputs, alpha_init="preserve", verify=False)
-    for train in (False, True):
-        outputs = []
-        for one in (model, preserved):
-            torch.manual_seed(1)
-            outputs.append(zoo.call(copy.deepcopy(one).train(train), inputs))
-        assert torch.equal(*outputs)
-    converted = rz.convert(model, inputs)  # verified: identity, VJP identity, liveness
-    assert len(list(rz.alphas(converted))) == case.blocks
-    for _, alpha in rz.alphas(converted):
-        nn.init.normal_(alpha, std=0.1)
-    with pytest.warns(rz.NoEffectWarning):
-        rz.convert(converted, inputs)
+    zoo.check(case)
 
 
 def test_gates_that_are_there_and_zero_are_left_alone() -> None:

@@ -3,12 +3,16 @@ has by its own configuration (layers x sub-layers), and hand-written ones of kno
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
+
+import rezero_convert as rz
 
 
 class Block(nn.Module):
@@ -155,3 +159,27 @@ def call(model: nn.Module, inputs: Any) -> torch.Tensor:
         result = next(value for value in (result.values() if hasattr(result, "values") else result))
     assert isinstance(result, torch.Tensor)
     return result
+
+
+def check(case: Case) -> None:
+    """Preserve mode equals the original, in eval and train; conversion holds, with a gate a block; a second finds none.
+
+    Raises:
+        AssertionError: one of these fails.
+        ConversionError: the conversion does not hold.
+    """
+    model, inputs = case.make(), case.inputs()
+    preserved = rz.convert(model, inputs, alpha_init="preserve", verify=False)
+    for train in (False, True):
+        outputs = []
+        for one in (model, preserved):
+            torch.manual_seed(1)
+            outputs.append(call(copy.deepcopy(one).train(train), inputs))
+        assert torch.equal(*outputs)
+    converted = rz.convert(model, inputs)  # verified: identity, VJP identity, liveness
+    found = len(list(rz.alphas(converted)))
+    assert found == case.blocks, f"{found} gates, but {case.blocks} blocks"
+    for _, alpha in rz.alphas(converted):
+        nn.init.normal_(alpha, std=0.1)
+    with pytest.warns(rz.NoEffectWarning):
+        rz.convert(converted, inputs)
