@@ -56,7 +56,7 @@ def convert(
     Args:
         model: any `nn.Module`.
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; None to have them inferred
-            (transformers, timm) or the model traced symbolically.
+            (transformers, timm), the model traced symbolically, or its source read with its instances' attributes.
         inplace: convert the given object, not a copy.
         verify: check the result (identity at the start, every alpha read and alive); on meta only the structure.
         **options: `method`, `alpha_init`, `drop_norm`, `activation`, `include`, `exclude`, `share`, `long_skips`,

@@ -80,17 +80,17 @@ class Operand:
 
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """A `for` statement that walks a module list, around an add: the alphas are a list walked beside it."""
+    """A `for` over modules, as a statement or in a comprehension: the alphas are a list walked beside it."""
 
     span: Span
-    """The statement."""
+    """The first of its variables, which tells the `for` clauses of one line apart."""
     modules: str
-    """What is walked, as written on `self`: "layers", "layers[1:]"."""
+    """What is walked, as written: "self.layers[1:]"; in a nested loop perhaps the outer one's variable, "stage"."""
+    variable: str
+    """What nested loops call an element, as written: "stage"."""
     index: str = ""
     """A variable that counts the passes from 0: the gate is `self.alphas[index]`. "": the gate is a loop variable of
     the alphas' name, walked with `zip`."""
-    length: int | None = None
-    """The number of passes; None where it is not known (static route)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,14 +112,16 @@ class Gate:
     init: float | None = 0.0
     """Start value; None leaves the present one (trained or preserved)."""
     shape: tuple[int, ...] = (1,)
-    loop: Loop | None = None
-    """The add is in a loop: `alpha` names a `ParameterList`, one parameter a pass."""
+    loops: tuple[Loop, ...] = ()
+    """The add is in loops, outermost first: `alpha` names a `ParameterList`, one parameter a pass; in nested loops a
+    `ModuleList` of such lists."""
+    members: tuple[str, ...] = ()
+    """The paths of the parameters below `alpha` where there are loops: "0", "1" or "0.0", "0.1"; empty where the passes
+    are not known (static route)."""
 
     def parameters(self) -> tuple[str, ...]:
         """The gate's parameters by their paths from the owner."""
-        if self.loop is None:
-            return (self.alpha,)
-        return tuple(f"{self.alpha}.{i}" for i in range(self.loop.length or 0))
+        return tuple(f"{self.alpha}.{member}" for member in self.members) if self.loops else (self.alpha,)
 
 
 NormAction = Literal["bypass", "slot", "unfuse", "keep"]

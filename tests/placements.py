@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+
+
+def residual(block, x):
+    return x + block(x)
 
 
 def dropout_add(x, residual, prob, training):
@@ -105,6 +113,201 @@ class Nested(nn.Module):
         return x
 
 
+class NestedPairs(nn.Module):
+    def __init__(self, width=8):
+        super().__init__()
+        self.downs = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+        self.stages = nn.ModuleList(
+            nn.ModuleList(nn.ModuleList([Branch(width), Branch(width)]) for _ in range(depth)) for depth in (1, 2)
+        )
+
+    def forward(self, x):
+        for down, stage in zip(self.downs, self.stages, strict=True):
+            x = down(x)
+            for attn, ff in stage:
+                x = x + attn(x)
+                x = x + ff(x)
+        return x
+
+
+class Stage(Stack):
+    def __init__(self, width, depth):
+        super().__init__(width, depth)
+        self.down = nn.Linear(width, width)
+
+
+class NestedAttribute(nn.Module):
+    def __init__(self, width=8):
+        super().__init__()
+        self.stages = nn.ModuleList(Stage(width, depth) for depth in (2, 1))
+
+    def forward(self, x):
+        for stage in self.stages:
+            x = stage.down(x)
+            for block in stage.blocks:
+                x = x + block(x)
+        return x
+
+
+class NestedNumbered(Nested):
+    def forward(self, x):
+        for i, stage in enumerate(self.stages):
+            for j in range(len(stage)):
+                x = x + self.stages[i][j](x)
+        return x
+
+
+class NestedRepeats(Stack):
+    def forward(self, x):
+        for _ in range(2):
+            for block in self.blocks:
+                x = x + block(x)
+        return x
+
+
+class NestedThrice(nn.Module):
+    def __init__(self, width=8):
+        super().__init__()
+        self.trees = nn.ModuleList(
+            nn.Sequential(nn.Sequential(Branch(width), Branch(width)), nn.Sequential(Branch(width))) for _ in range(2)
+        )
+
+    def forward(self, x):
+        for tree in self.trees:
+            for stage in tree:
+                for block in stage:
+                    x = x + block(x)
+        return x
+
+
+class NestedBackwards(Nested):
+    def forward(self, x):
+        for stage in self.stages:
+            for block in reversed(stage):
+                x = x + block(x)
+        return x
+
+
+class SomePasses(Stack):
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x) if block is self.blocks[2] else x + block(x)
+        return x
+
+
+class SlicedByInput(Stack):
+    def forward(self, x):
+        depth = x.shape[0]
+        for block in self.blocks[:depth]:
+            x = x + block(x)
+        return x
+
+
+class Backwards(Stack):
+    def forward(self, x):
+        for block in reversed(self.blocks):
+            x = x + block(x)
+        return x
+
+
+class Counted(Stack):
+    def forward(self, x):
+        i = 0
+        while i < len(self.blocks):
+            x = x + self.blocks[i](x)
+            i += 1
+        return x
+
+
+class AlphaTaken(Stack):
+    def forward(self, x, alpha=0.5):
+        for block in self.blocks:
+            x = x + alpha * block(x)
+        return x
+
+
+class LayerDrop(Stack):
+    def forward(self, x):
+        for block in self.blocks:
+            if self.training and torch.rand(()) < 0.3:
+                continue
+            x = x + block(x)
+        return x
+
+
+class ByName(nn.Module):
+    def __init__(self, width=8):
+        super().__init__()
+        self.blocks = nn.ModuleDict({"attn": Branch(width), "ff": Branch(width)})
+
+    def forward(self, x):
+        for _name, block in self.blocks.items():
+            x = x + block(x)
+        return x
+
+
+class ByKey(ByName):
+    def forward(self, x):
+        for name in self.blocks:
+            x = x + self.blocks[name](x)
+        return x
+
+
+class Each(Stack):
+    def forward(self, x):
+        return torch.stack([x + block(x) for block in self.blocks]).mean(0)
+
+
+class EachPart(Stack):
+    def forward(self, x):
+        parts = (x, 2 * x, -x)
+        return torch.cat([part + block(part) for part, block in zip(parts, self.blocks, strict=True)], dim=1)
+
+
+class Aggregated(Stack):
+    def forward(self, x):
+        return x + sum(block(x) for block in self.blocks)
+
+
+class AggregatedList(Stack):
+    def forward(self, x):
+        return sum([block(x) for block in self.blocks]) + x
+
+
+class Accumulated(Stack):
+    def forward(self, x):
+        out = x
+        for block in self.blocks:
+            out = out + block(x)
+        return out
+
+
+class AccumulatedFromZero(Stack):
+    def forward(self, x):
+        out = 0
+        for block in self.blocks:
+            out = out + block(x)
+        return x + out
+
+
+class AccumulatedFromFirst(Stack):
+    def forward(self, x):
+        out = self.blocks[0](x)
+        for block in self.blocks[1:]:
+            out = out + block(x)
+        return x + out
+
+
+class SummedFromSkip(Stack):
+    def forward(self, x):
+        return sum((block(x) for block in self.blocks), x)
+
+
+class Reduced(Stack):
+    def forward(self, x):
+        return functools.reduce(lambda h, block: h + block(h), self.blocks, x)
+
+
 class Two(nn.Module):
     def __init__(self, width=8):
         super().__init__()
@@ -117,6 +320,27 @@ class Comprehension(Two):
     def forward(self, x):
         first, second = [x + torch.relu(f(x)) for f in (self.a, self.b)]
         return first * second
+
+
+class Display(nn.Module):
+    def __init__(self, width=8):
+        super().__init__()
+        self.a = nn.Linear(width, width)
+        self.b = nn.Linear(width, width)
+
+    def forward(self, x):
+        for block in [self.a, self.b]:
+            x = x + torch.relu(block(x))
+        return x
+
+
+class NestedMixed(Nested):
+    def forward(self, x):
+        for i, stage in enumerate(self.stages):
+            x = x * (i + 1)
+            for block in stage:
+                x = x + block(x)
+        return x
 
 
 class Helper(Two):
@@ -148,6 +372,26 @@ class Addcmul(Two):
 class Lerp(Two):
     def forward(self, x):
         return torch.lerp(x, self.a(x), torch.full((1,), 0.5))
+
+
+class LerpNumber(Two):
+    def forward(self, x):
+        return x.lerp(self.a(x), weight=0.3)
+
+
+class LerpParameter(Two):
+    def forward(self, x):
+        return torch.lerp(x, self.a(x), self.g)
+
+
+class LerpInput(Two):
+    def forward(self, x):
+        return torch.lerp(x, self.a(x), torch.sigmoid(self.b(x)))
+
+
+class LerpBackwards(Two):
+    def forward(self, x):
+        return torch.lerp(self.a(x), x, 0.3)
 
 
 class Towards(Two):
@@ -256,6 +500,50 @@ class Dictionary(Two):
         return state["h"]
 
 
+class Listed(Two):
+    def forward(self, x):
+        states = [x]
+        states.append(states[-1] + self.a(states[-1]))
+        states.append(states[-1] + self.b(states[-1]))
+        return states[-1]
+
+
+class ListedInLoop(Stack):
+    def forward(self, x):
+        states = [x]
+        for block in self.blocks:
+            states.append(states[-1] + block(states[-1]))
+        return states[-1]
+
+
+class DictionaryOfStreams(nn.Module):
+    def __init__(self, width=8):
+        super().__init__()
+        self.nets = nn.ModuleDict({"p": Branch(width), "q": Branch(width)})
+
+    def forward(self, x):
+        state = {"p": x, "q": 2 * x}
+        for key in state:
+            state[key] = state[key] + self.nets[key](state[key])
+        return state["p"] * state["q"]
+
+
+@dataclasses.dataclass
+class Output:
+    hidden: torch.Tensor
+    extra: object = None
+
+
+class Dataclass(Two):
+    def inner(self, x):
+        return Output(self.a(x))
+
+    def forward(self, x):
+        state = Output(x + self.inner(x).hidden)
+        state = dataclasses.replace(state, hidden=state.hidden + self.b(state.hidden))
+        return state.hidden
+
+
 class Tuples(Two):
     def inner(self, x):
         return self.a(x), None
@@ -277,6 +565,107 @@ class Static(Two):
 
     def forward(self, x):
         return self.join(x, self.a(x))
+
+
+class Class(Two):
+    @classmethod
+    def join(cls, x, y):
+        return x + y
+
+    def forward(self, x):
+        return self.join(x, self.a(x))
+
+
+class ClassRuns(Two):
+    @classmethod
+    def run(cls, block, x):
+        return x + block(x)
+
+    def forward(self, x):
+        return self.run(self.a, x)
+
+
+@contextlib.contextmanager
+def timed():
+    yield
+
+
+class Timed(Two):
+    @timed()
+    def forward(self, x):
+        with timed():
+            return x + self.a(x)
+
+
+class Generator(Two):
+    def states(self, x):
+        for block in (self.a, self.b):
+            x = x + block(x)
+            yield x
+
+    def forward(self, x):
+        return list(self.states(x))[-1]
+
+
+class ForTraining(Two):
+    def forward(self, x):
+        x = x + self.a(x)
+        if self.training:
+            x = x + self.b(x)
+        return x
+
+
+class ForEvaluation(Two):
+    def forward(self, x):
+        x = x + self.a(x)
+        if not self.training:
+            x = x + self.b(x)
+        return x
+
+
+class Scattered(Two):
+    def forward(self, x):
+        index = x[..., :1].topk(2, dim=1).indices.expand(-1, -1, x.shape[-1])
+        return x.scatter_add(1, index, 0.5 * self.a(x.gather(1, index)))
+
+
+class IndexAdded(Two):
+    def forward(self, x):
+        index = torch.tensor([0, 2])
+        x = torch.index_add(x, 1, index, self.a(x.index_select(1, index)))
+        out = x.clone()
+        out.index_add_(1, index, self.b(x[:, index]), alpha=2)
+        return out
+
+
+class Put(Two):
+    def forward(self, x):
+        index = torch.tensor([0, 1])
+        return x.index_put((index,), self.a(x[index]), accumulate=True)
+
+
+class WrittenBack(Two):
+    def forward(self, x):
+        index = torch.tensor([0, 1])
+        x = x.clone()
+        x[index] = x[index] + self.a(x[index])
+        return x
+
+
+class WrittenBackSlice(Two):
+    def forward(self, x):
+        out = x.clone()
+        out[:, 1:] += self.a(x[:, 1:])
+        return out
+
+
+class Experts(Stack):
+    def forward(self, x):
+        out = torch.zeros_like(x)
+        for i, block in enumerate(self.blocks):
+            index = torch.tensor([i])
+            out.index_add_(1, index, block(x[:, index]))
+        return x + out
 
 
 class Arms(Two):
@@ -304,6 +693,18 @@ class Holder:
     def run(self, x):
         return x + self.module(x)
 
+    def join(self, x, y):
+        return x + y
+
+
+class HeldJoin(Two):
+    def __init__(self, width=8):
+        super().__init__(width)
+        self.holder = Holder(self.a)
+
+    def forward(self, x):
+        return self.holder.join(x, self.holder.module(x))
+
 
 class Held(Two):
     def __init__(self, width=8):
@@ -312,3 +713,8 @@ class Held(Two):
 
     def forward(self, x):
         return self.holder.run(x)
+
+
+class HelperRuns(Two):
+    def forward(self, x):
+        return residual(self.a, x)

@@ -689,6 +689,155 @@ def test_a_unet_keeps_its_merge_and_loses_no_block() -> None:
     assert len(list(rz.alphas(rz.convert(UNet(), images())))) == 3
 
 
+@pytest.mark.parametrize(
+    ("make", "inputs", "text", "reason"),
+    [
+        (TwoStreams, two, "self.a(x)", "they come from different inputs"),
+        (Experts, one, "routed +", "all are computed from the input x, none from another"),
+        (Highway, one, "(1 - t) * x", "a mean of two values, with sigmoid(...) and its complement"),
+    ],
+)
+def test_it_is_told_how_independent_operands_are_related(make: Any, inputs: Any, text: str, reason: str) -> None:
+    assert only(plan(make(), *inputs()), text).reason == f"the operands are independent: {reason}"
+
+
+# Lower resolutions within a block
+
+
+class ConvStem(Net):
+    """A block of its own module in a larger model."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__(stem=nn.Conv2d(W, W, 1), block=block)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.stem(x))
+
+
+class UpsampledGate(Net):
+    """The branch is scaled by a map of a lower resolution, as in GhostNet V2."""
+
+    def __init__(self) -> None:
+        super().__init__(lin=nn.Conv2d(W, W, 1), gate=nn.Conv2d(W, W, 3, 2, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.lin(x) * F.interpolate(torch.sigmoid(self.gate(x)), x.shape[-2:])
+
+
+class Decoder(Net):
+    """Merges what another module made of a lower resolution."""
+
+    def __init__(self) -> None:
+        super().__init__(up=nn.ConvTranspose2d(W, W, 2, 2))
+
+    def forward(self, x: Tensor, low: Tensor) -> Tensor:
+        return x + self.up(low)
+
+
+class EncoderDecoder(Net):
+    def __init__(self) -> None:
+        super().__init__(low=nn.Sequential(nn.Conv2d(W, W, 2, 2), nn.ReLU()), merge=Decoder())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.merge(x, self.low(x))
+
+
+class AroundUNet(Net):
+    def __init__(self) -> None:
+        super().__init__(net=nn.Sequential(nn.Conv2d(W, W, 2, 2), ConvBlock(), nn.ConvTranspose2d(W, W, 2, 2)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.net(x)
+
+
+@pytest.mark.parametrize(
+    ("make", "owner"), [(EncoderDecoder, "merge"), (lambda: ConvStem(AroundUNet()), "block"), (AroundUNet, "")]
+)
+def test_a_merge_of_resolutions_is_no_block(make: Any, owner: str) -> None:
+    found = plan(make(), images())
+    refused = [site.path for site in found.sites if site.code == "RZ905"]
+    assert refused == [owner]
+    assert all(site.cls == "ConvBlock" for site in found.converted)
+
+
+@pytest.mark.parametrize("make", [UpsampledGate, lambda: ConvStem(UpsampledGate()), lambda: ConvStem(Hourglass())])
+def test_a_branch_may_work_at_a_lower_resolution_inside(make: Any) -> None:
+    model = make()
+    site = only(plan(model, images()), "x +")
+    assert (site.verdict, site.skip_kind) == ("converted", "identity")
+    assert len(list(rz.alphas(rz.convert(model, images())))) == 1
+
+
+# A sum that is not yet the output of its module
+
+
+class PooledFirst(Net):
+    """As in MViT and CoAtNet: attention with a pooled skip, then a perceptron with an identity."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            narrow=nn.Conv2d(W, 2 * W, 1), one=nn.Conv2d(W, 2 * W, 3, 2, padding=1), two=nn.Conv2d(2 * W, 2 * W, 1)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(self.narrow(x), 2) + torch.relu(self.one(x))
+        return 0.5 * x + torch.relu(self.two(x))
+
+
+class WrittenPool(Linears):
+    """As in Hiera: the pool of the shortcut is the maximum over a dimension; a class token is set aside."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        token, grid = x[:, :1], x[:, 1:]
+        pooled = torch.cat((token, grid.unflatten(1, (-1, 2)).amax(2)), 1)
+        return pooled + torch.relu(self.a(x))[:, ::2]
+
+
+class DualPath(Linears):
+    """A part of the stream is added to, the rest goes beside it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        f = torch.relu(self.a(x))
+        return torch.cat((x[..., :4] + f[..., :4], x[..., 4:], f[..., 4:]), -1)
+
+
+class Cell(Net):
+    """As in NASNet: sums of two operations on one input are joined."""
+
+    def __init__(self) -> None:
+        super().__init__(one=nn.Conv2d(W, W, 3, 2, padding=1), two=nn.Conv2d(W, W, 3, 2, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat((F.max_pool2d(x, 2) + torch.relu(self.one(x)), torch.relu(self.two(x))), 1)
+
+
+class ProjectedInside(Linears):
+    """The sum goes through another layer before it leaves."""
+
+    def __init__(self) -> None:
+        super().__init__(end=nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(x[..., :4] + torch.relu(self.a(x))[..., :4])
+
+
+@pytest.mark.parametrize(("make", "inputs"), [(Cell, images), (ProjectedInside, vectors)])
+def test_a_projected_sum_inside_a_larger_structure_is_refused(make: Any, inputs: Any) -> None:
+    assert only(plan(make(), inputs()), "torch.relu").code == "RZ916"
+
+
+@pytest.mark.parametrize(
+    ("make", "inputs", "blocks"),
+    [(PooledFirst, images, 2), (WrittenPool, lambda: vectors(2, 5), 1), (DualPath, vectors, 1)],
+)
+def test_a_projected_sum_that_the_stream_goes_on_with_is_a_block(make: Any, inputs: Any, blocks: int) -> None:
+    model = make()
+    found = plan(model, inputs())
+    assert [site.verdict for site in found.sites] == ["converted"] * blocks
+    assert found.sites[0].skip_kind in ("projection", "slice")
+    assert len(list(rz.alphas(rz.convert(model, inputs())))) == blocks
+
+
 # Patterns
 
 
@@ -910,17 +1059,6 @@ class WalkWhile(Walk):
         return x
 
 
-class WalkNested(Net):
-    def __init__(self) -> None:
-        super().__init__(stages=nn.ModuleList(nn.ModuleList(nn.Linear(W, W) for _ in range(2)) for _ in range(2)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for stage in self.stages:
-            for layer in stage:
-                x = x + torch.relu(layer(x))
-        return x
-
-
 class Iterated(Linears):
     def forward(self, x: Tensor) -> Tensor:
         for _ in range(3):
@@ -932,7 +1070,7 @@ LOOPS = [(Walk, 3), (WalkNumbered, 3), (WalkRange, 3), (WalkPairs, 3), (WalkSlic
 
 
 class TestLoops:
-    @pytest.mark.parametrize("make", [WalkBackwards, WalkSome, WalkWhile, WalkNested])
+    @pytest.mark.parametrize("make", [WalkBackwards, WalkSome, WalkWhile])
     def test_other_loops_are_refused_with_a_reason(self, make: Any) -> None:
         found = plan(make(), vectors())
         assert not found.converted
@@ -947,8 +1085,8 @@ class TestLoops:
         model = make()
         (site,) = plan(model, vectors()).converted
         assert site.calls == depth
-        assert site.gates[0].loop is not None
-        assert site.gates[0].loop.length == depth
+        assert len(site.gates[0].loops) == 1
+        assert site.gates[0].members == tuple(map(str, range(depth)))
         converted = rz.convert(model, vectors())
         assert len(list(rz.alphas(converted))) == depth
         x = vectors()
@@ -957,7 +1095,7 @@ class TestLoops:
     def test_a_weight_tied_iteration_has_one_alpha(self) -> None:
         (site,) = plan(Iterated(), vectors()).converted
         assert site.calls == 3
-        assert site.gates[0].loop is None
+        assert site.gates[0].loops == ()
         assert [name for name, _ in rz.alphas(rz.convert(Iterated(), vectors()))] == ["alpha"]
 
 

@@ -17,11 +17,19 @@ from torch import nn
 import rezero_convert as rz
 
 REFUSED = {
-    "Nested": ("RZ911", "nested loops"),
-    "Comprehension": ("RZ911", "not elements of one list"),
-    "Lerp": ("RZ912", "not written as an add"),
+    "NestedBackwards": ("RZ911", "in a way that a list of alphas cannot be walked beside"),
+    "Backwards": ("RZ911", "in a way that a list of alphas cannot be walked beside"),
+    "SomePasses": ("RZ911", "not every pass of the loop over self.blocks adds its branch"),
+    "SlicedByInput": ("RZ911", "self.blocks[:depth], is computed in the method"),
+    "Counted": ("RZ911", "no `for` around it"),
+    "Reduced": ("RZ911", "no `for` around it"),
+    "DictionaryOfStreams": ("RZ911", "in a way that a list of alphas cannot be walked beside"),
+    "LerpBackwards": ("RZ912", "no operand of the lerp"),
     "Summed": ("RZ912", "not written as an add"),
-    "Held": ("RZ912", "Holder.run"),
+    "SummedFromSkip": ("RZ912", "not written as an add"),
+    "Held": ("RZ912", "Holder.run, which is no module's method"),
+    "ClassRuns": ("RZ912", "ClassRuns.run, which is no module's method"),
+    "HelperRuns": ("RZ912", "residual, where its operand is not one argument"),
 }
 GATES = {
     "Pairs": ["alpha_layers.0", "alpha_layers.1", "alpha_layers.2"] + [f"alpha_layers_2.{i}" for i in range(3)],
@@ -31,6 +39,30 @@ GATES = {
     "Sliced": ["alpha.0", "alpha.1"],
     "Zipped": [f"alpha_{name}.{i}" for name in ("blocks", "others") for i in range(3)],
     "Tied": ["alpha"],
+    "Nested": ["alpha.0.0", "alpha.0.1", "alpha.1.0", "alpha.1.1"],
+    "NestedPairs": [f"alpha_stages{n}.{path}" for n in ("", "_2") for path in ("0.0", "1.0", "1.1")],
+    "NestedAttribute": ["alpha.0.0", "alpha.0.1", "alpha.1.0"],
+    "NestedNumbered": ["alpha.0.0", "alpha.0.1", "alpha.1.0", "alpha.1.1"],
+    "NestedRepeats": ["alpha.0", "alpha.1", "alpha.2"],
+    "NestedThrice": [f"alpha.{tree}.{path}" for tree in range(2) for path in ("0.0", "0.1", "1.0")],
+    "AlphaTaken": ["alpha.0", "alpha.1", "alpha.2"],
+    "LayerDrop": ["alpha.0", "alpha.1", "alpha.2"],
+    "ByName": ["alpha.0", "alpha.1"],
+    "ByKey": ["alpha.0", "alpha.1"],
+    "Each": ["alpha.0", "alpha.1", "alpha.2"],
+    "EachPart": ["alpha.0", "alpha.1", "alpha.2"],
+    "Comprehension": ["alpha.0", "alpha.1"],
+    "Display": ["alpha.0", "alpha.1"],
+    "NestedMixed": ["alpha.0.0", "alpha.0.1", "alpha.1.0", "alpha.1.1"],
+    "Aggregated": ["alpha"],
+    "AggregatedList": ["alpha"],
+    "Accumulated": ["alpha.0", "alpha.1", "alpha.2"],
+    "AccumulatedFromZero": ["alpha"],
+    "AccumulatedFromFirst": ["alpha"],
+    "Lerp": ["alpha"],
+    "LerpNumber": ["alpha"],
+    "LerpParameter": ["g"],
+    "LerpInput": ["alpha"],
     "Helper": ["alpha_a", "alpha_b"],
     "Parallel": ["alpha_a", "alpha_b"],
     "Subtracted": ["alpha"],
@@ -48,9 +80,24 @@ GATES = {
     "Base": ["alpha"],
     "Child": ["alpha", "alpha_b"],
     "Dictionary": ["alpha"],
+    "Listed": ["alpha_a", "alpha_b"],
+    "ListedInLoop": ["alpha.0", "alpha.1", "alpha.2"],
+    "Dataclass": ["alpha_a", "alpha_b"],
     "Tuples": ["alpha"],
     "Lambda": ["alpha"],
     "Static": ["alpha"],
+    "Class": ["alpha"],
+    "Timed": ["alpha"],
+    "Generator": ["alpha.0", "alpha.1"],
+    "HeldJoin": ["alpha"],
+    "ForTraining": ["alpha_a", "alpha_b"],
+    "ForEvaluation": ["alpha_a", "alpha_b"],
+    "Scattered": ["alpha"],
+    "IndexAdded": ["alpha_a", "alpha_b"],
+    "Put": ["alpha"],
+    "WrittenBack": ["alpha"],
+    "WrittenBackSlice": ["alpha"],
+    "Experts": ["alpha"],
     "Arms": ["alpha_a"],
     "Walrus": ["alpha"],
 }
@@ -88,7 +135,33 @@ def test_live_conversion(name: str) -> None:
     for _, alpha in rz.alphas(converted):
         nn.init.normal_(alpha)
     moved = outputs(converted, x, train=False)
+    assert not torch.equal(moved, outputs(model, x, train=False))
     assert torch.equal(outputs(copy.deepcopy(converted), x, train=False), moved)
+    assert torch.equal(outputs(rz.unconvert(preserved), x, train=False), outputs(model, x, train=False))
+
+
+def test_a_lerp_by_a_number_is_refused_where_the_gated_weight_would_be_rounded() -> None:
+    (site,) = rz.audit(make("LerpNumber").bfloat16(), torch.randn(2, 4, 8).bfloat16()).plan.sites
+    assert (site.verdict, site.code) == ("refused", "RZ912")
+    assert "precision" in site.reason
+
+
+def test_a_variable_of_the_alphas_name_is_not_shadowed() -> None:
+    model, x = make("AlphaTaken"), torch.randn(2, 4, 8)
+    preserved = rz.convert(model, x, drop_norm="none", alpha_init="preserve")
+    for _, alpha in rz.alphas(preserved):
+        nn.init.constant_(alpha, 2.0)
+    torch.testing.assert_close(preserved(x), model(x, alpha=1.0))
+
+
+@pytest.mark.parametrize("name", ["Nested", "NestedThrice", "Comprehension", "Lerp", "Scattered", "WrittenBackSlice"])
+def test_a_conversion_holds_once_trained_and_is_not_made_twice(name: str) -> None:
+    x = torch.randn(2, 4, 8)
+    converted = rz.convert(make(name), x)
+    for _, alpha in rz.alphas(converted):
+        nn.init.normal_(alpha)
+    assert rz.validate(converted, x).ok
+    assert not rz.audit(converted, x).plan.converted
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +183,7 @@ def rewritten(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 # The branch's norm also serves a use outside a branch in this file (Sliced, Nested, ...), so the file keeps it.
-SOURCE = [name for name in GATES if name not in ("Towards", "Static")]
+SOURCE = [name for name in GATES if name not in ("Towards", "Static", "Class", "HeldJoin")]
 
 
 @pytest.mark.parametrize("name", SOURCE)

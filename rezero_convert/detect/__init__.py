@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from .. import known
 from ..capture.static import exclusive
 from ..capture.trace import Frame, Trace, origin
-from ..plan import Loop, Norm, Options, Place, Plan, Site, Span
+from ..plan import Gate, Norm, Options, Place, Plan, Site, Span
 from . import arms, code, loops, names, norms
 from .blocks import Block, Nested, Refusal, find, owner_call
-from .drafts import Draft, class_name, frame_of, of_block, relative, request, site_of
+from .drafts import Draft, class_name, frame_of, of_block, relative, request, site_of, unwanted
 from .flow import Flow, flow
 
 __all__ = ["detect"]
@@ -154,31 +155,73 @@ def _merge(flow: Flow, drafts: list[Draft], refusals: list[Refusal]) -> list[Dra
 
 def _merged(flow: Flow, group: list[Draft], refused: bool) -> Draft:
     """The runs of one add as one draft; with a list of alphas where it adds the branches of several modules."""
-    first = group[0]
+    first = _distinct(group[0])
     site = replace(first.site, calls=len(group))
     verdicts = {draft.site.verdict for draft in group}
     if "converted" not in verdicts:
-        return replace(first, site=site)
+        gates = {gate.alpha: gate for draft in group for gate in draft.site.gates}
+        return replace(first, site=replace(site, gates=tuple(gates.values())))
     if len(verdicts) > 1 or refused:
         return _undecided(first, site, "the add is a residual add in some of its runs only")
     call = owner_call(flow, first.block.sum.node)
     passes = [draft for draft in group if owner_call(flow, draft.block.sum.node) is call]
     made = list(site.gates)
-    for number, gate in enumerate(made):
-        weights = [relative(draft.weights[number], site.path) for draft in passes]
-        if len(weights) == 1 and "*" not in weights[0]:
+    requests = list(first.requests)
+    for number, gate in enumerate(site.gates):
+        weights = [relative(weight, site.path) for draft in passes for weight in _weights(draft, number, gate)]
+        recorded = flow.trace.model is not None
+        if len(weights) == 1 and "*" not in weights[0] and (recorded or not weights[0] or gate.at is None):
             continue
         if "" in weights:
             return _undecided(first, site, "the add runs several times, for branches that lie outside its module")
-        if len(set(weights)) == 1 and "*" not in weights[0]:
+        if len(set(weights)) == 1 and "*" not in weights[0] and recorded:
             continue  # a weight-tied iteration
-        loop = loops.loop_of(gate.at.place, gate.at.span, weights) if gate.at is not None and site.place else ""
-        if not isinstance(loop, Loop):
-            return _undecided(first, site, loop or "an existing gate in a loop")
-        made[number] = replace(gate, loop=loop)
+        if gate.at is None and "*" not in weights[0]:
+            others = _further(gate, [draft.site.gates[number] for draft in passes])
+            if others is None:
+                return _undecided(first, site, "the branch has a gate already in some of its runs only")
+            made += others
+            requests += [None] * len(others)
+            continue
+        if gate.at is None:
+            return _undecided(first, site, "an existing gate in a loop")
+        elements = partial(_elements, flow, site.path)
+        walk = loops.loop_of(gate.at.place, gate.at.span, weights, elements, run=recorded)
+        if not isinstance(walk, loops.Walk):
+            return _undecided(first, site, walk)
+        made[number] = replace(gate, loops=walk.loops, members=walk.members)
     members = tuple(member for draft in group for member in draft.members)
     repairs = tuple(dict.fromkeys(repair for draft in group for repair in draft.site.repairs))
-    return replace(first, site=replace(site, gates=tuple(made), repairs=repairs), members=members)
+    merged = replace(site, gates=tuple(made), repairs=repairs)
+    return replace(first, site=merged, members=members, requests=tuple(requests))
+
+
+def _distinct(draft: Draft) -> Draft:
+    """A draft with one gate for each operand: the passes of a loop may all add to one sum."""
+    made = draft.site.gates
+    own = [n for n, gate in enumerate(made) if gate.at is None or gate.at not in [other.at for other in made[:n]]]
+    site = replace(draft.site, gates=tuple(made[n] for n in own))
+    return replace(draft, site=site, requests=tuple(draft.requests[n] for n in own)) if draft.requests else draft
+
+
+def _weights(draft: Draft, number: int, gate: Gate) -> list[str]:
+    """The last weights of the branches that a gate scales in one run of its add."""
+    if gate.at is None:
+        return [draft.weights[number]]
+    return [weight for weight, one in zip(draft.weights, draft.site.gates, strict=True) if one.at == gate.at]
+
+
+def _elements(flow: Flow, owner: str, path: str) -> tuple[str, ...] | None:
+    """The names of the modules in a list or dictionary below an owner."""
+    module = flow.module(f"{owner}.{path}" if owner else path)
+    return None if module is None else tuple(module._modules)
+
+
+def _further(gate: Gate, passes: list[Gate]) -> list[Gate] | None:
+    """The gates that a loop's other passes end in, each once; None if some pass has none of its own yet."""
+    if any(one.at is not None for one in passes):
+        return None
+    return [one for one in {one.alpha: one for one in passes}.values() if one.alpha != gate.alpha]
 
 
 def _undecided(draft: Draft, site: Site, reason: str) -> Draft:
@@ -192,12 +235,7 @@ def _bare(site: Site) -> Site:
 def _named(flow: Flow, drafts: list[Draft], others: list[arms.Arm], options: Options) -> list[Site]:
     """Give the alphas their names, the sites their form; arms that did not run count as adds of their class."""
     requests = [request for draft in drafts for request in draft.requests if request is not None]
-    requests += [
-        request(flow, replace(arm.found, path=arm.path, cls=arm.cls), gate.at, gate.child)
-        for arm in others
-        for gate in arm.found.gates
-        if gate.at
-    ]
+    requests += [asked for arm in others for gate in arm.found.gates if (asked := _of_arm(flow, arm, gate))]
     given = names.alphas(
         requests,
         shared=options.share == "layer",
@@ -221,8 +259,18 @@ def _named(flow: Flow, drafts: list[Draft], others: list[arms.Arm], options: Opt
     for arm in others:
         twin = settled.get((arm.path, arm.twin.span)) if arm.twin is not None else None
         alive = twin is not None and twin.verdict == "converted"
-        sites.append(arms.as_site(replace(arm, twin=twin if alive else None), gone))
+        alone = arm.twin is None and unwanted(_site_of_arm(arm), options) is None
+        own = tuple(given[asked] for gate in arm.found.gates if (asked := _of_arm(flow, arm, gate)))
+        sites.append(arms.as_site(replace(arm, twin=twin if alive else None), gone, own if alone else ()))
     return sites
+
+
+def _of_arm(flow: Flow, arm: arms.Arm, gate: Gate) -> names.Request | None:
+    return request(flow, _site_of_arm(arm), gate.at, gate.child) if gate.at is not None else None
+
+
+def _site_of_arm(arm: arms.Arm) -> Site:
+    return replace(arm.found, path=arm.path, cls=arm.cls)
 
 
 def _taken(flow: Flow, drafts: list[Draft]) -> Callable[[str, str], bool]:
@@ -259,8 +307,9 @@ def _form(site: Site) -> str:
     ]
     if site.activation is not None:
         words.append("activation after the add")
-    if len(site.gates) > 1:
-        words.append(f"{len(site.gates)} parallel branches")
+    branches = {gate.branch for gate in site.gates}
+    if len(branches) > 1:
+        words.append(f"{len(branches)} parallel branches")
     if any(gate.existing for gate in site.gates):
         words.append("existing gate")
     if site.repairs:

@@ -7,6 +7,7 @@ of `nn.TransformerEncoderLayer`). Any other is reported as not executed.
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -67,16 +68,27 @@ def _is_twin(site: Site, found: Site) -> bool:
     return [gate.child for gate in site.gates] == [gate.child for gate in found.gates]
 
 
-def as_site(arm: Arm, gone: frozenset[str]) -> Site:
+def as_site(arm: Arm, gone: frozenset[str], alphas: tuple[str, ...]) -> Site:
     """The finding as a site of the instance: twins with the edits of their own text and the alphas of the other.
+
+    What runs in training only, when no audit runs, gets gates of its own; running it proves them.
 
     Args:
         arm: the finding.
         gone: the paths of the norms that are dropped in the model.
+        alphas: the names of the gates that it may get if it has no twin.
     """
     found = replace(
         arm.found, verdict="not-executed", code="RZ140", path=arm.path, cls=arm.cls, place=arm.place, calls=0
     )
+    if arm.twin is None and len(alphas) == len(found.gates) and _is_for_training(arm):
+        reason = "runs in training only: read from the text, its norms kept"
+        gates = tuple(
+            replace(gate, at=_at(gate.at, arm.place), alpha=alpha)
+            for gate, alpha in zip(found.gates, alphas, strict=True)
+            if gate.at is not None
+        )
+        return replace(found, reason=reason, gates=gates, norms=(), activation=None, repairs=())
     if arm.twin is None:
         reason = "a residual add on a path that did not run: pass inputs that run it"
         return replace(found, reason=reason, gates=(), norms=(), activation=None, repairs=())
@@ -87,6 +99,21 @@ def as_site(arm: Arm, gone: frozenset[str]) -> Site:
     reason = f"adds the same branch as {arm.twin.span}, and gets the same gate"
     own = tuple(norm for norm in norms(arm) if norm.path in gone)
     return replace(found, gates=gates, norms=own, activation=activation, reason=reason, repairs=())
+
+
+def _is_for_training(arm: Arm) -> bool:
+    """Whether the add stands under a test of `self.training`, and gates are all that it needs."""
+    span = arm.found.span
+    plain = all(gate.at is not None and not gate.existing and not gate.loops for gate in arm.found.gates)
+    if span is None or not plain or arm.found.activation is not None:
+        return False
+    definition, me = sources.function(arm.place), code.self_name(arm.place)
+    tests = [
+        node.test
+        for node in (ast.walk(definition) if definition is not None else ())
+        if isinstance(node, (ast.If, ast.IfExp)) and sources.span_of(span.file, node).contains(span)
+    ]
+    return any(code.is_path(node, me, "training") for test in tests for node in ast.walk(test))
 
 
 def norms(arm: Arm) -> tuple[Norm, ...]:

@@ -8,6 +8,8 @@ from math import prod
 from typing import Literal
 
 from ..capture.trace import Call
+from ..plan import Operand
+from . import code
 from .flow import Flow
 from .sums import Sum, Term, halves, operands, sums
 
@@ -21,6 +23,7 @@ _NONLINEAR_NAMES = frozenset(
 _SPLITS = frozenset({"split", "chunk", "unbind", "tensor_split"})
 _PARTS = frozenset({"getitem", "narrow", "select", "slice"})
 _LINEAR_KINDS = frozenset({"linear", "norm", "pool", "pad", "layout", "dropout"})
+_REDUCTIONS = frozenset({"amax", "max", "mean"})  # over windows that a change of layout made: a pool, written out
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,8 +106,30 @@ def classify(flow: Flow, whole: Sum) -> Block | Refusal:
     results = [result for term in _by_age(whole.terms) for result in _with_skip(flow, whole, term)]
     blocks = [result for result in results if isinstance(result, Block)]
     if blocks:
-        return blocks[0]
+        return _collected(flow, blocks[0]) or blocks[0]
     return _weakly_joined(flow, whole) or _refusal(flow, whole, [r for r in results if isinstance(r, Refusal)])
+
+
+def _collected(flow: Flow, block: Block) -> Refusal | None:
+    """The refusal of a block whose branches are summed up elsewhere first: `x + sum(f(x) for f in fs)`.
+
+    Where that is by `sum`, or in a loop by a variable that starts with a branch or at zero, no operand in the text is
+    one branch; their sum is.
+    """
+    if not block.sum.inner or not _is_written(flow, block.sum.node):
+        return None
+    for branch in block.branches:
+        frames = flow.origin(branch.term.add).frames
+        at = Operand(frames[0].place, frames[0].span, branch.term.operand) if frames else None
+        if at is not None and (not _is_written(flow, branch.term.add) or code.is_carried(at)):
+            return Refusal(block.sum, "RZ912", f"no text is the one branch {describe(flow, branch.term.value)}")
+    return None
+
+
+def _is_written(flow: Flow, node: int) -> bool:
+    """Whether the text of an add has its operands."""
+    frames = flow.origin(node).frames
+    return not frames or code.is_add(frames[0].span)
 
 
 def _refusal(flow: Flow, whole: Sum, refusals: list[Refusal]) -> Refusal:
@@ -113,7 +138,27 @@ def _refusal(flow: Flow, whole: Sum, refusals: list[Refusal]) -> Refusal:
         return Refusal(whole, "RZ907", f"adds {describe(flow, added.value)}, which does not depend on the input")
     if refusals:
         return max(refusals, key=lambda refusal: refusal.interest)
-    return Refusal(whole, "RZ901", "the operands are independent: neither is computed from the other")
+    return Refusal(whole, "RZ901", f"the operands are independent: {_beside_each_other(flow, whole)}")
+
+
+def _beside_each_other(flow: Flow, whole: Sum) -> str:
+    """How operands that are not computed from each other are related."""
+    values = [term.value for term in whole.terms]
+    factors = [frozenset(flow.inputs[value]) if flow.name(value) == "mul" else frozenset() for value in values]
+    for gate in frozenset().union(*factors):
+        if _complement(flow, gate) in frozenset().union(*factors):
+            return f"a mean of two values, with {describe(flow, _complement(flow, gate) or gate)} and its complement"
+    meeting = flow.meeting(values)
+    if meeting is None:
+        return "they come from different inputs"
+    return f"all are computed from {describe(flow, meeting)}, none from another"
+
+
+def _complement(flow: Flow, node: int) -> int | None:
+    """What is subtracted from one to give the value."""
+    numbers = [arg for arg in flow.nodes[node].args if isinstance(arg, (int, float))]
+    ones = flow.name(node) in ("sub", "rsub") and 1 in numbers
+    return flow.inputs[node][0] if ones and len(flow.inputs[node]) == 1 else None
 
 
 def _weakly_joined(flow: Flow, whole: Sum) -> Refusal | None:
@@ -174,11 +219,29 @@ def _linear_source(flow: Flow, node: int) -> int | None:
     if name == "choice" and sources:  # `x` in one arm, `downsample(x)` in the other
         first = min(sources)
         return first if all(source == first or _leads_to(flow, source, first) for source in sources) else None
+    if name == "cat" and len(sources) > 1:  # a pooled grid beside its class token
+        return _parted_from(flow, sources)
     if len(sources) != 1 or flow.constant[node]:
         return None
     facts = flow.facts[node]
-    scaled = name in ("mul", "div", "add", "sub", "cat", "neg")
+    scaled = name in ("mul", "div", "add", "sub", "cat", "neg") or name in _REDUCTIONS
     return sources[0] if facts.kind in _LINEAR_KINDS or scaled else None
+
+
+def _parted_from(flow: Flow, nodes: list[int]) -> int | None:
+    """The last value that all of several are parts of, be they pooled."""
+    first, *others = ([node, *_carried(flow, node, pooled=True)] for node in nodes)
+    return next((node for node in first if all(node in other for other in others)), None)
+
+
+def _carried(flow: Flow, node: int, *, pooled: bool = False) -> Iterator[int]:
+    """The values that `node` is a part or another layout of, be it pooled; last first."""
+    while len(flow.inputs[node]) == 1:
+        kind = flow.facts[node].kind
+        if kind != "layout" and not (pooled and (kind == "pool" or flow.name(node) in _REDUCTIONS)):
+            return
+        node = flow.inputs[node][0]
+        yield node
 
 
 def _leads_to(flow: Flow, node: int, target: int) -> bool:
@@ -198,7 +261,7 @@ def _judge(
     """The conditions of a block, given a skip that every branch is computed from."""
     for branch in branches:
         inside = branch.region[1:]
-        if any(_is_upsampling(flow, node) for node in (*inside, *path)):
+        if _is_upsampled(flow, branch, path) and not _is_closed(flow, whole, skip, branch):
             return Refusal(whole, "RZ905", "merges resolutions: there is upsampling between the operands", 3)
         if not any(has_weight(flow, node) for node in inside):
             what = describe(flow, branch.term.value)
@@ -240,7 +303,7 @@ def _projection(
     call = owner_call(flow, whole.node)
     if flow.nodes[skip] not in call.inputs and not _within(flow.origin(skip).call, call):
         return Refusal(whole, "RZ904", "skip and branch part outside the module that adds them", 1)
-    if not _is_output(flow, whole.node, call):
+    if not _is_output(flow, whole.node, call, path):
         return Refusal(whole, "RZ916", "the sum is not the output of the module that makes it", 2)
     here, there = flow.shape(whole.node), flow.shape(skip)
     certain = here is not None and there is not None
@@ -308,9 +371,46 @@ def _is_beside(flow: Flow, skip: int, node: int) -> bool:
     return node != skip
 
 
+def _is_closed(flow: Flow, whole: Sum, skip: int, branch: Branch) -> bool:
+    """Whether a module adds to its input what it alone computes from that, with no sum of that kind within: a block
+    that works at a lower resolution inside, such as attention, not the merge of a U-Net."""
+    call = owner_call(flow, whole.node)
+    inside = branch.region[1:]
+    if call.parent is None or flow.nodes[skip] not in call.inputs:
+        return False
+    return all(_within(flow.origin(node).call, call) for node in inside) and not any(
+        flow.reaches(terms[1].value, terms[0].value) or flow.reaches(terms[0].value, terms[1].value)
+        for node in inside
+        if (terms := operands(flow, node))
+    )
+
+
+def _is_upsampled(flow: Flow, branch: Branch, path: tuple[int, ...]) -> bool:
+    """Whether the shortcut or all of the branch is upsampled, or what is added is an upsampled value in part.
+
+    A map of gates at a lower resolution or the repeated keys of an attention only take part in the branch.
+    """
+    cuts = frozenset((*branch.cuts, *path))
+    for node in (*branch.region[1:], *path):
+        if _is_upsampling(flow, node) and (node in cuts or _is_part_of(flow, node, branch.term.value)):
+            return True
+    return False
+
+
+def _is_part_of(flow: Flow, node: int, end: int) -> bool:
+    """Whether `node` comes to `end` by changes of layout alone, be it beside other parts."""
+    while node != end:
+        users = flow.users[node]
+        if len(users) != 1 or not (flow.facts[users[0]].kind in ("layout", "pad") or flow.name(users[0]) == "cat"):
+            return False
+        node = users[0]
+    return True
+
+
 def _is_upsampling(flow: Flow, node: int) -> bool:
     name = flow.name(node)
-    return flow.facts[node].kind == "upsample" or name.startswith(("ConvTranspose", "conv_transpose"))
+    repeats = ("ConvTranspose", "conv_transpose", "repeat_interleave")
+    return flow.facts[node].kind == "upsample" or name.startswith(repeats)
 
 
 def has_weight(flow: Flow, node: int) -> bool:
@@ -354,14 +454,34 @@ def _within(call: Call | None, outer: Call) -> bool:
     return False
 
 
-def _is_output(flow: Flow, node: int, call: Call) -> bool:
-    """Whether a sum leaves its module, at most through an activation, norm, dropout or change of layout."""
-    while flow.nodes[node] not in call.outputs:
+def _is_output(flow: Flow, start: int, call: Call, path: tuple[int, ...]) -> bool:
+    """Whether a sum leaves its module: at most through norms and the like, as a part, or as the skip of later sums."""
+    wholes = frozenset(flow.inputs[node][0] for node in path if flow.name(node) in _PARTS)
+    seen, stack = {start}, [start]
+    while stack:
+        node = stack.pop()
+        if flow.nodes[node] in call.outputs:
+            return True
         users = flow.users[node]
-        if len(users) != 1 or flow.facts[users[0]].kind not in ("activation", "norm", "dropout", "layout"):
-            return False
-        node = users[0]
-    return True
+        for user in users:
+            passes = len(users) == 1 and flow.facts[user].kind in ("activation", "norm", "dropout")
+            if user not in seen and (passes or _is_carried_by(flow, node, user, start, wholes)):
+                seen.add(user)
+                stack.append(user)
+    return False
+
+
+def _is_carried_by(flow: Flow, node: int, user: int, start: int, wholes: frozenset[int]) -> bool:
+    """Whether `user` passes on a stream: moves or scales it, adds to it what is computed from it (from `start` on), or
+    joins it with other parts of the same whole, be it by writing it back, `x[i] = x[i] + f(x[i])`."""
+    others = [source for source in flow.inputs[user] if source != node and not flow.constant[source]]
+    if flow.name(user) == "cat":
+        return any(not wholes.isdisjoint(_carried(flow, other)) for other in others)
+    if flow.name(user) == "setitem" and flow.nodes[user].args[-1] is flow.nodes[node]:
+        return bool(others) or flow.nodes[user].args[0] is flow.nodes[node]
+    if operands(flow, user) or flow.name(user) == "setitem":
+        return bool(others) and all(flow.reaches(other, start) for other in others)
+    return not others and (flow.facts[user].kind == "layout" or flow.name(user) in ("mul", "div"))
 
 
 def _nesting(flow: Flow, blocks: list[Block]) -> tuple[list[Block], list[Nested]]:

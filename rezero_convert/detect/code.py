@@ -12,7 +12,7 @@ from ..capture.facts import operation
 from ..errors import ConversionError
 from ..plan import Operand, Place, Span
 
-_ADD_CALLS = frozenset({"add", "sub", "addcmul"})
+_ADD_CALLS = frozenset({"add", "sub", "addcmul", "lerp", "scatter_add", "index_add", "index_put"})
 
 
 class Definition(NamedTuple):
@@ -68,10 +68,12 @@ def _argument(call: ast.Call, at: Operand) -> ast.expr | None:
     return places[index]
 
 
-def is_receiver(span: Span) -> bool:
-    """Whether a recorded method call of a tensor is also written as one, `x.add(y)`; not `operator.add(x, y)`."""
+def is_receiver(span: Span, given: int) -> bool:
+    """Whether a method call of a tensor with `given` arguments is written as one, `x.add(y)`; not `torch.add(x, y)`."""
     node = expression(span)
-    return isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and len(node.args) < 2
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+        return False
+    return len(node.args) + len(node.keywords) < given
 
 
 def is_add(span: Span) -> bool:
@@ -83,6 +85,33 @@ def is_add(span: Span) -> bool:
         name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         return operation(name) in _ADD_CALLS
     return False
+
+
+@sources.cached
+def is_carried(at: Operand) -> bool:
+    """Whether an operand is a variable that a loop's earlier passes have added to: `out = out + f(x)`."""
+    variable = operand(at)
+    if not isinstance(variable, ast.Name):
+        return False
+    try:
+        definition = sources.function(at.place)
+    except ConversionError:
+        return False
+    around = (
+        []
+        if definition is None
+        else [
+            node
+            for node in ast.walk(definition)
+            if isinstance(node, ast.stmt) and sources.span_of(at.span.file, node).contains(at.span)
+        ]
+    )
+    loops = [node for node in around if isinstance(node, (ast.For, ast.While))]
+
+    def stores(node: ast.AST) -> int:
+        return sum(isinstance(n, ast.Name) and n.id == variable.id and _is_store(n) for n in ast.walk(node))
+
+    return bool(loops) and 0 < stores(around[-1]) == stores(loops[-1])
 
 
 def adds_number(span: Span) -> bool:
@@ -267,7 +296,7 @@ def _registered(call: ast.Call) -> Iterator[str]:
         yield from (value for value in values if isinstance(value, str))
 
 
-def _is_store(node: ast.Attribute) -> bool:
+def _is_store(node: ast.Attribute | ast.Name) -> bool:
     return isinstance(node.ctx, ast.Store)
 
 

@@ -33,7 +33,7 @@ def of_block(flow: Flow, block: Block, options: Options) -> Draft:
     site = site_of(
         flow, block.sum, "converted", {"identity": "RZ101", "projection": "RZ102", "slice": "RZ103"}[block.kind]
     )
-    placed = _unwanted(site, options) or _placed(flow, block, site)
+    placed = unwanted(site, options) or _placed(flow, block, site)
     if not isinstance(placed[0], Site):
         number, reason = placed
         return Draft(block, replace(site, verdict="refused", code=str(number), reason=str(reason)))
@@ -119,7 +119,8 @@ def _operand(flow: Flow, add: int, index: int | str) -> Operand:
 
 
 def _is_receiver(flow: Flow, node: int, span: Span) -> bool:
-    return flow.nodes[node].op == "call_method" and code.is_receiver(span)
+    target = flow.nodes[node]
+    return target.op == "call_method" and code.is_receiver(span, len(target.args) + len(target.kwargs))
 
 
 def _placed(flow: Flow, block: Block, site: Site) -> tuple[Site, dict[Term, Operand]] | tuple[str, str]:
@@ -131,6 +132,8 @@ def _placed(flow: Flow, block: Block, site: Site) -> tuple[Site, dict[Term, Oper
         if problem is not None:
             return problem
         at = _operand(flow, term.add, term.operand)
+        if term.operand == "":
+            return "RZ912", "no operand of the lerp scales the branch, and only that, in the stream's precision"
         if code.operand(at) is None:
             return "RZ912", "the operands of the add are not found in its text"
         if _in_helper(frames) and term is not block.shortcut:
@@ -162,7 +165,7 @@ def _unreadable(frames: tuple[Frame, ...]) -> tuple[str, str] | None:
     return None
 
 
-def _unwanted(site: Site, options: Options) -> tuple[str, str] | None:
+def unwanted(site: Site, options: Options) -> tuple[str, str] | None:
     """Whether the user's patterns leave the block out."""
     where = (site.path, f"{site.cls}.{site.place.name}" if site.place else site.cls, site.cls)
     if options.include and not any(fnmatch(name, pattern) for pattern in options.include for name in where):
@@ -253,4 +256,19 @@ def _activation(flow: Flow, block: Block, site: Site, options: Options) -> Activ
         return Activation(kind, at, "keep", f"{kind} of a sum is not an activation of the branch")
     if frames[0].place != site.place or code.operand(at) is None:
         return Activation(kind, at, "keep", "its call cannot be moved to the add")
+    if _works_in_place(flow, user) and any(_is_activated(flow, branch.term.value) for branch in block.branches):
+        return Activation(kind, at, "keep", "it works in place, and the branch ends in an activation of its own")
     return Activation(kind, at, "move", "moved into the branch")
+
+
+def _works_in_place(flow: Flow, node: int) -> bool:
+    path = norms.path_of(flow, node)
+    module = flow.module(path) if path else None
+    return flow.facts[node].inplace or bool(flow.nodes[node].kwargs.get("inplace") or getattr(module, "inplace", False))
+
+
+def _is_activated(flow: Flow, node: int) -> bool:
+    """Whether a value is the output of an activation, which the backward pass may need as it is."""
+    while flow.facts[node].kind in ("layout", "dropout") and flow.inputs[node]:
+        node = flow.inputs[node][0]
+    return flow.facts[node].kind == "activation"

@@ -98,6 +98,20 @@ class Flow:
                     stack.append(source)
         return False
 
+    def meeting(self, values: Iterable[int]) -> int | None:
+        """The last value that all of several are computed from, constants aside; None if there is none."""
+        reached = {value: {value} for value in values}
+        every = frozenset(reached)
+        while reached:
+            node = max(reached)
+            ends = reached.pop(node)
+            if ends == every:
+                return node
+            for source in self.inputs[node]:
+                if not self.constant[source]:
+                    reached.setdefault(source, set()).update(ends)
+        return None
+
     def region(self, start: int, end: int) -> tuple[int, ...]:
         """The nodes on data paths from `start` to `end`, both included, in order; empty if there is none."""
         seen = {end}
@@ -135,7 +149,8 @@ def flow(trace: Trace, norm_types: tuple[type[nn.Module], ...] = ()) -> Flow:
     for summary in summaries(trace, norm_types):
         end, entry = index[summary.end], index[summary.entry]
         facts[end], inputs[end], steps[end] = summary.facts, (entry,), summary.call
-    written_back, whole = _write_backs(nodes), set(steps.values())
+    returned = {node for call in trace.calls for node in call.outputs}
+    written_back, whole = _write_backs(nodes) - returned, set(steps.values())
     users: list[list[int]] = [[] for _ in nodes]
     constant: list[bool] = []
     for i, node in enumerate(nodes):

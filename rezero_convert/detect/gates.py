@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -15,6 +15,7 @@ from ..plan import Repair
 from . import code
 from .blocks import Branch
 from .flow import Flow
+from .sums import weight
 
 _ZERO_AT_ZERO = frozenset({"tanh", "sin", "neg"})
 _GATE_STEPS = frozenset({"mul", "div"})
@@ -41,20 +42,26 @@ class Found:
 def existing(flow: Flow, branch: Branch) -> Found | None:
     """The learnable gate that a branch ends in: LayerScale, SkipInit, `gamma * F(x)`.
 
-    Looked for upwards from the sum, through dropout, changes of layout and constant factors.
+    Looked for upwards from the sum, through dropout, changes of layout and constant factors; in `torch.lerp(x, f, w)`,
+    upwards from the weight.
     """
-    node = branch.term.value
-    skip = branch.region[0]
-    while node > skip:
+    add, skip = branch.term.add, branch.region[0]
+    if flow.name(add) != "lerp":
+        return _above(flow, branch.term.value, skip)
+    scale = weight(flow, add)
+    found = None if scale is None else _gate(flow, add, scale) or _above(flow, scale, skip)
+    return None if found is None else replace(found, node=add)
+
+
+def _above(flow: Flow, node: int | None, skip: int) -> Found | None:
+    """The gate among the factors of a value."""
+    while node is not None and node > skip:
         if flow.name(node) in _GATE_STEPS and node not in flow.steps:
             for factor in flow.inputs[node]:
                 found = _gate(flow, node, factor)
                 if found is not None:
                     return found
-        above = _same_scale(flow, node)
-        if above is None:
-            return None
-        node = above
+        node = _same_scale(flow, node)
     return None
 
 

@@ -1,5 +1,6 @@
 """Adds inside plain functions: the gate goes on the argument that carries the branch, at the module's call.
 
+So it does for methods of objects that are no modules, and class methods, which have no module to hold an alpha.
 `dropout_add(x, residual, ...)` of Bloom is `residual + dropout(x)`: a scalar gate commutes with dropout and with
 changes of layout, so `dropout_add(alpha * x, residual, ...)` is the same.
 """
@@ -37,9 +38,11 @@ def argument(frames: Sequence[Frame], at: Operand) -> Operand | Refused:
         if definition is None or expression is None:
             return f"the add is inside {name}, whose text cannot be read"
         parameter = _parameter(definition, expression, expression.lineno)
+        if parameter is None and _is_method(inner):
+            return f"the add is inside {name}, which is no module's method: no module there can hold the branch's alpha"
         if parameter is None:
             return f"the add is inside {name}, where its operand is not one argument, at most through dropout"
-        index = _position(definition, outer, parameter)
+        index = _position(inner, definition, outer, parameter)
         if index is None:
             return f"the add is inside {name}, and its argument {parameter} is not found at the call {outer.span}"
         at = Operand(outer.place, outer.span, index)
@@ -96,7 +99,9 @@ def _names(definition: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
     return [arg.arg for arg in (*args.posonlyargs, *args.args, *args.kwonlyargs)]
 
 
-def _position(definition: ast.FunctionDef | ast.AsyncFunctionDef, outer: Frame, parameter: str) -> int | str | None:
+def _position(
+    inner: Frame, definition: ast.FunctionDef | ast.AsyncFunctionDef, outer: Frame, parameter: str
+) -> int | str | None:
     """Where a call passes a parameter of the function it calls."""
     call = code.expression(outer.span)
     if not isinstance(call, ast.Call):
@@ -106,6 +111,20 @@ def _position(definition: ast.FunctionDef | ast.AsyncFunctionDef, outer: Frame, 
     positional = [arg.arg for arg in (*definition.args.posonlyargs, *definition.args.args)]
     if parameter not in positional:
         return None
-    index = positional.index(parameter)
+    index = positional.index(parameter) - _is_bound(inner, definition, call)
     plain = not any(isinstance(arg, ast.Starred) for arg in call.args[: index + 1])
     return index if plain and index < len(call.args) else None
+
+
+def _is_bound(inner: Frame, definition: ast.FunctionDef | ast.AsyncFunctionDef, call: ast.Call) -> bool:
+    """Whether a call leaves out the first parameter of what it calls: the object or class of a method."""
+    names = {getattr(decorator, "id", "") for decorator in definition.decorator_list}
+    if not _is_method(inner) or "staticmethod" in names:
+        return False
+    on = call.func.value if isinstance(call.func, ast.Attribute) else call.func
+    name = on.attr if isinstance(on, ast.Attribute) else getattr(on, "id", "")
+    return "classmethod" in names or name != inner.place.cls.rpartition(".")[2]
+
+
+def _is_method(frame: Frame) -> bool:
+    return frame.place.cls.rpartition(".")[2] not in ("", "<locals>")

@@ -1,9 +1,16 @@
-"""Adds in a loop over modules: which list is walked, and how its alphas can be walked beside it."""
+"""Adds in loops over modules: which lists are walked, and how the alphas can be walked beside them.
+
+Two things are matched: what the run tells, the paths of the modules whose branches one add has added
+("stages.0.1.linear"), and what the text says, the paths of what its `for` clauses walk (`for stage in self.stages`,
+`for block in stage`: "stages.*.*").
+"""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 from .. import sources
 from ..errors import ConversionError
@@ -12,101 +19,236 @@ from . import code
 
 Refused = str
 """Why not, as a sentence."""
+Elements = Callable[[str], Sequence[str] | None]
+"""The names of the modules in the list or dictionary at a path from the owner; None where they are not known."""
+
+_Clause = ast.For | ast.comprehension
+_DISPLAYS = (ast.ListComp, ast.SetComp, ast.GeneratorExp, ast.DictComp)
 
 
-def loop_of(place: Place, add: Span, weights: Sequence[str]) -> Loop | Refused:
-    """The loop around an add that ran once for each of several modules.
+@dataclass(frozen=True, slots=True)
+class Walk:
+    """How the alphas of one add are walked."""
+
+    loops: tuple[Loop, ...]
+    """Outermost first; empty where one alpha serves all modules, whose results are added in one."""
+    members: tuple[str, ...]
+    """The paths of the parameters below the list of alphas; empty where the passes are not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Star:
+    """The part of a path that changes with the passes of a `for` clause."""
+
+    clause: _Clause
+    walked: ast.expr
+    """What the clause goes through, or the list that its count is an index of."""
+    variable: str
+    index: str
+    choices: tuple[str, ...] = ()
+    """The paths that a display of modules holds, `for f in (self.a, self.b)`."""
+
+
+_Path = tuple["str | _Star", ...]
+
+
+def loop_of(place: Place, add: Span, weights: Sequence[str], elements: Elements, *, run: bool = True) -> Walk | Refused:
+    """The loops around an add that ran for each of several modules.
 
     Args:
         place: the method.
         add: the add in its text.
         weights: per pass the path, from the owner, of the module with the branch's last weight; on the static route
-            one path with "*" for the element.
+            maybe one path with "*" for each element.
+        elements: what lists and dictionaries of modules hold.
+        run: whether the passes are those of a run.
     """
-    around = list(_around(place, add))
-    held = _list(weights, len(around))
-    if isinstance(held, Refused):
-        return held
-    name, positions = held
-    me = code.self_name(place)
-    statement = next((loop for loop in around if _mentions(loop, me, name)), None)
-    if statement is None:
-        return f"the add runs for each element of {name}, but in no `for` statement over it"
-    return _walk(statement, place.file, me, name, positions)
-
-
-def _list(weights: Sequence[str], loops: int) -> tuple[str, list[int] | None] | Refused:
-    """The module list whose elements the paths lie in, and their positions (None if not known)."""
-    parts = [path.split(".") for path in weights]
-    if len(parts) == 1 and "*" in parts[0]:
-        if parts[0].count("*") > 1 and loops > 1:  # in one loop, the second is what a pass unpacks
-            return "the add is in nested loops over modules"
-        return ".".join(parts[0][: parts[0].index("*")]), None
-    for depth in range(min(map(len, parts))):
-        names = [path[depth] for path in parts]
-        if len(set(names)) == 1:
+    clauses = _clauses(place)
+    around = [
+        clause for clause, body in clauses if any(sources.span_of(place.file, part).contains(add) for part in body)
+    ]
+    parts = [tuple(path.split(".")) for path in weights]
+    for path in sorted(_paths(place, around), key=_stars, reverse=True):
+        stars = [part for part in path if isinstance(part, _Star)]
+        found = {names for part in parts if (names := _match(path, part)) is not None}
+        if len(found) < len(set(parts)) or not all(_match(path, part) for part in parts):
             continue
-        if len(set(names)) < len(names):
-            return "the add is in nested loops over modules"
-        if depth == 0 or not all(name.isdigit() for name in names):
-            return f"one add for the branches of {weights[0]} and {weights[1]}, which are not elements of one list"
-        return ".".join(parts[0][:depth]), [int(name) for name in names]
-    return "the passes of the loop end in the same module, but differ"
+        if not run and parts[0].count("*") > len(stars) and len(around) > len(stars):
+            continue  # an inner loop whose walk is not understood
+        if [clause for clause in around if any(clause is star.clause for star in stars)] == [s.clause for s in stars]:
+            return _walk(place, path, sorted(found) if run else [], elements)
+    every = [clause for clause, _ in clauses]
+    inside = len(parts) == 1 and any(_match(path, parts[0]) for path in _paths(place, every))
+    tied = len(set(parts)) == 1 and "*" not in parts[0]
+    if inside or (tied and not _is_keyed(place, around, parts[0])):
+        return Walk((), ())
+    named = " and ".join(dict.fromkeys(weights[:2]))
+    if not around:
+        return f"one add for the branches of {named}, and no `for` around it that walks them"
+    return f"the loop walks the modules of {named} in a way that a list of alphas cannot be walked beside"
 
 
-def _around(place: Place, add: Span) -> Iterator[ast.For]:
-    """The `for` statements of the method around a span, innermost first."""
+def _clauses(place: Place) -> list[tuple[_Clause, Sequence[ast.expr | ast.stmt]]]:
+    """The `for` clauses of a method with what they repeat, in the order of the text, outer ones first."""
     try:
         definition = sources.function(place)
     except ConversionError:
+        return []
+    found: list[tuple[_Clause, Sequence[ast.expr | ast.stmt]]] = []
+    nodes = [node for node in ast.walk(definition) if isinstance(node, (ast.For, *_DISPLAYS))] if definition else []
+    for node in sorted(nodes, key=lambda node: (node.lineno, node.col_offset)):
+        if isinstance(node, ast.For):
+            found.append((node, node.body))
+        else:
+            made = [node.key, node.value] if isinstance(node, ast.DictComp) else [node.elt]
+            found += [(clause, made) for clause in node.generators]
+    return found
+
+
+def _stars(path: _Path) -> int:
+    return sum(isinstance(part, _Star) for part in path)
+
+
+def _match(path: _Path, weight: tuple[str, ...]) -> tuple[str, ...] | None:
+    """The names of the elements that a weight lies in; None if it lies elsewhere, or there are none."""
+    found = []
+    for part in path:
+        if isinstance(part, _Star) and part.choices:
+            rest = f"{'.'.join(weight)}."
+            name = next((one for one in part.choices if rest.startswith(f"{one}.")), None)
+            if name is None:
+                return None
+            found.append(name)
+            weight = weight[name.count(".") + 1 :]
+            continue
+        if not weight or not (isinstance(part, _Star) or weight[0] in (part, "*")):
+            return None
+        found += [weight[0]] if isinstance(part, _Star) else []
+        weight = weight[1:]
+    return tuple(found) or None
+
+
+@dataclass(frozen=True, slots=True)
+class _Names:
+    """What names in a method stand for."""
+
+    modules: dict[str, _Path]
+    counters: dict[str, _Clause]
+    """The variables that count passes from 0."""
+    keys: dict[str, _Path]
+    """The variables that may be keys of a dictionary of modules, with the path of the element."""
+
+
+def _names_in(place: Place, clauses: Sequence[_Clause]) -> _Names:
+    names = _Names({code.self_name(place): ()}, {}, {})
+    for clause in clauses:
+        index = _count_variable(clause)
+        if index:
+            names.counters[index] = clause
+        for target, walked in _walked(clause.target, clause.iter):
+            _enter(clause, target, walked, index, names)
+    return names
+
+
+def _paths(place: Place, clauses: Sequence[_Clause]) -> Iterator[_Path]:
+    """The paths, from the owner, of the modules that the loops' variables, indices and keys stand for."""
+    names = _names_in(place, clauses)
+    yield from names.modules.values()
+    for node in _subscripts(place):
+        path = _path(node, names)
+        if path is not None:
+            yield path
+
+
+def _subscripts(place: Place) -> list[ast.Subscript]:
+    definition = sources.function(place)
+    return [node for node in ast.walk(definition) if isinstance(node, ast.Subscript)] if definition is not None else []
+
+
+def _is_keyed(place: Place, around: Sequence[_Clause], weight: tuple[str, ...]) -> bool:
+    """Whether a weight is in a module that is looked up by a loop's variable: each pass may look up another one."""
+    names = _names_in(place, around)
+    variables = {name for clause in around for name in _names(clause.target)}
+    looked_up = [_path(node.value, names) for node in _subscripts(place) if _names(node.slice) & variables]
+    return any(path and path == weight[: len(path)] for path in looked_up)
+
+
+def _path(node: ast.expr, names: _Names) -> _Path | None:
+    """The path of a module that an expression is; None for any other expression."""
+    if isinstance(node, ast.Name):
+        return names.modules.get(node.id)
+    if not isinstance(node, (ast.Attribute, ast.Subscript)):
+        return None
+    base = _path(node.value, names)
+    if base is None:
+        return None
+    if isinstance(node, ast.Attribute):
+        return (*base, node.attr)
+    if isinstance(node.slice, ast.Constant):
+        return (*base, str(node.slice.value))
+    key = node.slice.id if isinstance(node.slice, ast.Name) else ""
+    if key in names.counters:
+        return (*base, _Star(names.counters[key], node.value, key, key))
+    element = names.keys.get(key)
+    return element if element is not None and element[:-1] == base else None
+
+
+def _walked(target: ast.expr, walk: ast.expr) -> Iterator[tuple[ast.expr, ast.expr]]:
+    """The lists that go into a `for` clause, each with the variables for its elements."""
+    if isinstance(walk, ast.Call) and isinstance(walk.func, ast.Name) and isinstance(target, ast.Tuple):
+        lists = {"zip": walk.args, "enumerate": walk.args[:1]}.get(walk.func.id, [])
+        for variable, part in zip(target.elts[-len(lists) :] if lists else (), lists, strict=False):
+            yield from _walked(variable, part)
+    else:
+        yield target, walk
+
+
+def _enter(clause: _Clause, target: ast.expr, walked: ast.expr, index: str, names: _Names) -> None:
+    """Note what a loop's variables stand for: elements of a list, a slice, a dictionary or a display of modules."""
+    variable = ast.unparse(target)
+    if isinstance(walked, (ast.Tuple, ast.List)):
+        held = [_path(element, names) or () for element in walked.elts]
+        choices = tuple(".".join(part for part in path if isinstance(part, str)) for path in held)
+        whole = all(choices) and not any(map(_stars, held))
+        _bind(target, (_Star(clause, walked, variable, index, choices),) if whole else None, names)
         return
-    if definition is None:
-        return
-    found = [node for node in ast.walk(definition) if isinstance(node, ast.For)]
-    around = [node for node in found if sources.span_of(place.file, node).contains(add)]
-    yield from sorted(around, key=lambda node: node.lineno, reverse=True)
+    container, method = _unsliced(walked), ""
+    if isinstance(walked, ast.Call) and isinstance(walked.func, ast.Attribute) and not walked.args:
+        container, method = walked.func.value, walked.func.attr
+    base = _path(container, names)
+    if base is not None and (method in ("", *_VALUES, *_ITEMS)):
+        element: _Path | None = (*base, _Star(clause, walked, variable, index))
+    else:
+        element = None
+    key = target
+    if method in _ITEMS:
+        if not isinstance(target, ast.Tuple) or len(target.elts) != 2:
+            return
+        key, target = target.elts
+    if isinstance(key, ast.Name) and element is not None and method not in _VALUES:
+        names.keys[key.id] = element
+    _bind(target, element, names)
 
 
-def _mentions(loop: ast.For, me: str, name: str) -> bool:
-    return any(code.is_path(node, me, name) for node in ast.walk(loop))
+_VALUES, _ITEMS = ("values", "children"), ("items", "named_children")
 
 
-def _walk(loop: ast.For, file: str, me: str, name: str, positions: list[int] | None) -> Loop | Refused:
-    """How the alphas go along with the list that a loop walks."""
-    passes = None if positions is None else len(positions)
-    start = 0 if positions is None else positions[0]
-    if positions is not None and positions != list(range(start, start + len(positions))):
-        return f"not every pass of the loop over {name} adds its branch"
-    walked = _walked(loop.iter, me, name)
-    variable = _count_variable(loop)
-    if walked is None:
-        indexed = any(
-            isinstance(node, ast.Subscript)
-            and code.is_path(node.value, me, name)
-            and isinstance(node.slice, ast.Name)
-            and node.slice.id == variable
-            for node in ast.walk(loop)
-        )
-        if not variable or not indexed or start:
-            return f"the loop walks {name} in a way that a list of alphas cannot be walked beside"
-        return Loop(sources.span_of(file, loop), name, variable, passes)
-    written = sources.segment(sources.span_of(file, walked)).removeprefix(f"{me}.")
-    return Loop(sources.span_of(file, loop), written, variable, passes)
+def _unsliced(walked: ast.expr) -> ast.expr:
+    sliced = isinstance(walked, ast.Subscript) and isinstance(walked.slice, ast.Slice) and walked.slice.step is None
+    return walked.value if isinstance(walked, ast.Subscript) and sliced else walked
 
 
-def _walked(walk: ast.expr, me: str, name: str) -> ast.expr | None:
-    """The list, or the slice of it, that an iterable goes through from its first element on."""
-    if code.is_path(walk, me, name):
-        return walk
-    if isinstance(walk, ast.Subscript) and code.is_path(walk.value, me, name) and isinstance(walk.slice, ast.Slice):
-        return walk if walk.slice.step is None else None
-    if isinstance(walk, ast.Call) and isinstance(walk.func, ast.Name) and walk.func.id in ("zip", "enumerate"):
-        args = walk.args if walk.func.id == "zip" else walk.args[:1]
-        return next((found for arg in args if (found := _walked(arg, me, name)) is not None), None)
-    return None
+def _bind(target: ast.expr, path: _Path | None, names: _Names) -> None:
+    if isinstance(target, ast.Name):
+        names.modules.pop(target.id, None)
+        if path is not None:
+            names.modules[target.id] = path
+    elif isinstance(target, (ast.Tuple, ast.List)):
+        for number, element in enumerate(target.elts):
+            _bind(element, (*path, str(number)) if path is not None else None, names)
 
 
-def _count_variable(loop: ast.For) -> str:
+def _count_variable(loop: _Clause) -> str:
     """The variable that counts the passes of a loop from 0, "" if it has none."""
     call, target = loop.iter, loop.target
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.keywords or len(call.args) != 1:
@@ -116,3 +258,67 @@ def _count_variable(loop: ast.For) -> str:
     if call.func.id == "enumerate" and isinstance(target, ast.Tuple) and isinstance(target.elts[0], ast.Name):
         return target.elts[0].id
     return ""
+
+
+def _walk(place: Place, path: _Path, found: list[tuple[str, ...]], elements: Elements) -> Walk | Refused:
+    """How the alphas go along with what the loops walk.
+
+    Args:
+        path: of the modules whose branches are added.
+        found: the elements whose branches were added; empty if not known.
+    """
+    me = code.self_name(place)
+    loops: list[Loop] = []
+    numbers: dict[tuple[str, ...], int] = {}
+    stars = [(number, part) for number, part in enumerate(path) if isinstance(part, _Star)]
+    for level, (number, star) in enumerate(stars):
+        written = _written(place.file, star.walked, me)
+        if _names(star.walked) - {me} - {name for _, outer in stars[:level] for name in _names(outer.clause.target)}:
+            return f"what part of its modules the loop walks, {written}, is computed in the method"
+        for prefix in dict.fromkeys(names[:level] for names in found):
+            own = list(dict.fromkeys(names[level] for names in found if names[:level] == prefix))
+            held = star.choices or elements(_filled(path[:number], prefix)) or ()
+            if not set(own) <= set(held):
+                return f"the loop walks {written} in a way that a list of alphas cannot be walked beside"
+            walked = [held[n] for n in _range(star.walked, [held.index(name) for name in own], len(held))]
+            if set(walked) != set(own) and not (star.index and set(walked[: len(own)]) == set(own)):
+                return f"not every pass of the loop over {written} adds its branch"
+            numbers |= {(*prefix, name): walked.index(name) for name in own}
+        counted = level + 1 < len(stars) and star.variable == star.index
+        modules = f"range(len({written}))" if counted else written
+        loops.append(Loop(_first_variable(place.file, star.clause), modules, star.variable, star.index))
+    members = sorted([numbers[names[: level + 1]] for level in range(len(stars))] for names in found)
+    return Walk(tuple(loops), tuple(".".join(map(str, member)) for member in members))
+
+
+def _filled(path: _Path, names: tuple[str, ...]) -> str:
+    """The path of one list, given the elements that it lies in."""
+    left = iter(names)
+    return ".".join(part if isinstance(part, str) else next(left) for part in path)
+
+
+def _range(walked: ast.expr, found: list[int], length: int) -> range:
+    """The elements of a list that a walk goes through; from the first found to the last if the text does not tell."""
+    if _unsliced(walked) is walked:
+        return range(length)
+    assert isinstance(walked, ast.Subscript)
+    assert isinstance(walked.slice, ast.Slice)
+    ends = (walked.slice.lower, walked.slice.upper)
+    try:
+        return range(length)[slice(*[None if end is None else int(ast.literal_eval(end)) for end in ends])]
+    except (ValueError, TypeError):
+        return range(min(found), max(found) + 1)
+
+
+def _written(file: str, node: ast.expr, me: str) -> str:
+    text = " ".join(sources.segment(sources.span_of(file, node)).split())
+    return text if me == "self" else re.sub(rf"\b{me}\b", "self", text)
+
+
+def _names(node: ast.expr) -> set[str]:
+    return {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+
+
+def _first_variable(file: str, clause: _Clause) -> Span:
+    names = (node for node in ast.walk(clause.target) if isinstance(node, ast.Name))
+    return min(sources.span_of(file, name) for name in names)

@@ -138,6 +138,8 @@ def _degree(name: str, node: fx.Node, degrees: dict[fx.Node, float]) -> float | 
         return first * exponent if isinstance(exponent, (int, float)) else None
     if name in ("sqrt", "rsqrt", "reciprocal", "var"):
         return first * {"sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0, "var": 2.0}[name]
+    if name in ("type_as", "to", "expand_as"):
+        return first
     if name in ("add", "sub") or name in _KEEPS_DEGREE:
         return known[0] if len(set(known)) == 1 else None
     return None

@@ -5,11 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
+from ..capture.facts import operation
 from .flow import Flow
 
 _ADDS = frozenset({"add", "sub"})
+_FUSED = {
+    "addcmul": (("input", 0), ("tensor1", 1), ("tensor2", 2)),
+    "lerp": (("input", 0), ("end", 1), ("weight", 2)),
+    "scatter_add": (("input", 0), ("src", 3)),
+    "index_add": (("input", 0), ("source", 3)),
+    "index_put": (("input", 0), ("values", 2)),
+}
+"""Operations that do more than add: the names and positions of the arguments in question, the skip's first."""
+_PARTS = frozenset({"scatter_add", "index_add", "index_put"})
+"""Those that add to parts of a tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +32,7 @@ class Term:
     add: int
     """The add it is an operand of."""
     operand: int | str
-    """Which operand: position or keyword."""
+    """Which operand: position or keyword; "" if none can take a gate."""
     negative: bool = False
 
 
@@ -58,7 +70,7 @@ def operands(flow: Flow, node: int) -> tuple[Term, ...]:
     target = flow.nodes[node]
     if target.op not in ("call_function", "call_method") or node in flow.steps:
         return ()
-    if flow.name(node) in ("addcmul", "lerp"):
+    if flow.name(node) in _FUSED:
         return _fused(flow, node)
     if flow.name(node) not in _ADDS:
         return ()
@@ -73,17 +85,45 @@ def operands(flow: Flow, node: int) -> tuple[Term, ...]:
 
 
 def _fused(flow: Flow, node: int) -> tuple[Term, ...]:
-    """`addcmul(x, f, g)` is x + f * g: the gate goes on a factor. `lerp(x, f, w)`, x + w * (f - x), is not edited."""
-    target = flow.nodes[node]
-    given = [flow.index[value] if isinstance(value, fx.Node) else None for value in target.args[:3]]
-    if len(given) < 3 or given[0] is None:
+    """The skip of an operation that does more than add, and the operand that a gate on its branch goes on.
+
+    `addcmul(x, f, g)` is x + f * g: a factor. `lerp(x, f, w)` is x + w * (f - x): the weight. `index_add(x, d, i, f)`
+    adds to a part of x: f; into a value that starts empty it collects parts, and is no sum.
+    """
+    name, target = flow.name(node), flow.nodes[node]
+    given: list[tuple[int | str, int | None]] = []
+    for key, position in _FUSED[name]:
+        place = position if position < len(target.args) else key
+        value = target.args[position] if position < len(target.args) else target.kwargs.get(key)
+        given.append((place, flow.index[value] if isinstance(value, fx.Node) else None))
+    (place, skip), *others = given
+    if skip is None:
         return ()
-    skip = Term(given[0], node, 0)
-    if flow.name(node) == "lerp":
-        return (skip, Term(given[1], node, 2)) if given[1] is not None else ()
-    factors = [(value, place) for place, value in enumerate(given) if place and value is not None]
-    moving = [(value, place) for value, place in factors if not flow.constant[value]]
-    return (skip, Term(max(moving)[0], node, max(moving)[1])) if moving else ()
+    if name == "lerp":
+        (_, end), (weight, tensor) = others
+        if end is None:
+            return ()
+        rounded = tensor is None and flow.origin(node).dtype in (torch.float16, torch.bfloat16)
+        scaled = "" if rounded or flow.reaches(skip, end) else weight  # `lerp(f(x), x, w)` scales the skip too
+        return Term(skip, node, scaled and place), Term(end, node, scaled)
+    moving = [(value, place) for place, value in others if value is not None and not flow.constant[value]]
+    if not moving or (name in _PARTS and (flow.constant[skip] or not _accumulates(target))):
+        return ()
+    value, place_of_branch = max(moving, key=lambda item: item[0])
+    return Term(skip, node, place), Term(value, node, place_of_branch)
+
+
+def weight(flow: Flow, lerp: int) -> int | None:
+    """The weight of a `lerp`; None if it is a number."""
+    target = flow.nodes[lerp]
+    value = target.args[2] if len(target.args) > 2 else target.kwargs.get("weight")
+    return flow.index[value] if isinstance(value, fx.Node) else None
+
+
+def _accumulates(node: fx.Node) -> bool:
+    """Whether `index_put` adds what it puts; the others always do."""
+    put = operation(node.target) == "index_put"
+    return not put or bool(node.args[3] if len(node.args) > 3 else node.kwargs.get("accumulate"))
 
 
 def _is_inner(flow: Flow, node: int, adds: dict[int, tuple[Term, ...]]) -> bool:
@@ -93,6 +133,7 @@ def _is_inner(flow: Flow, node: int, adds: dict[int, tuple[Term, ...]]) -> bool:
         and users[0] in adds
         and not any(term.negative and term.value == node for term in adds[users[0]])
         and flow.shape(users[0]) == flow.shape(node)
+        and (flow.name(users[0]) in _PARTS) == (flow.name(node) in _PARTS)
         and flow.nodes[node] not in flow.origin(node).call.outputs
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 
 from ..errors import ConversionError
 from ..plan import Gate
@@ -108,9 +109,16 @@ def _parameter(gate: Gate, factory: str, names: Names, me: str = "self") -> str:
     else:
         value = f"{names.torch}.full(({size}{',' if len(gate.shape) == 1 else ''}), {gate.init!r}{factory})"
     made = f"{names.parameter}({value})"
-    if gate.loop is None:
+    if not gate.loops:
         return made
-    return f"{names.parameter}List([{made} for _ in {me}.{gate.loop.modules}])"
+    made = f"{names.parameter}List([{made} for _ in {_renamed(gate.loops[-1].modules, me)}])"
+    for loop in reversed(gate.loops[:-1]):
+        made = f"{names.nn}.ModuleList([{made} for {loop.variable} in {_renamed(loop.modules, me)}])"
+    return made
+
+
+def _renamed(modules: str, me: str) -> str:
+    return modules if me == "self" else re.sub(r"\bself\b", me, modules)
 
 
 def _factory(source: Source, init: Function, child: str) -> str:
@@ -166,8 +174,8 @@ def alpha_place(source: Source, init: Function, gate: Gate, bound: bool) -> tupl
         for value in (assigned_values(stmt, self_name(init), child) if child else ())
         if not (isinstance(value, ast.Constant) and value.value is None)
     ]
-    if gate.loop is not None:  # the list may be filled after it is made
-        users = [stmt for stmt in init.body if _mentions(stmt, self_name(init), gate.loop.modules)]
+    if gate.loops:  # the list may be filled after it is made
+        users = [stmt for stmt in init.body if _mentions(stmt, self_name(init), gate.loops[0].modules)]
         if users:
             return after(source, users[-1], init.body), users[-1]
     if makers:
@@ -188,10 +196,10 @@ def alpha_place(source: Source, init: Function, gate: Gate, bound: bool) -> tupl
 
 
 def _mentions(stmt: ast.stmt, me: str, modules: str) -> bool:
-    name = modules.partition("[")[0].partition(".")[0]
+    names = re.findall(r"\bself\.(\w+)", modules)
     return any(
         isinstance(node, ast.Attribute)
-        and node.attr == name
+        and node.attr in names
         and isinstance(node.value, ast.Name)
         and node.value.id == me
         for node in ast.walk(stmt)

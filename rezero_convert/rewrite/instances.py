@@ -282,5 +282,5 @@ def _text_of(texts: dict[Any, tuple[str, str]], place: Place, code: CodeType, jo
 
 def _essence(site: Site) -> tuple[Any, ...]:
     """What of a site its text depends on."""
-    gates = tuple((gate.at, gate.alpha, gate.existing, gate.loop) for gate in site.gates)
+    gates = tuple((gate.at, gate.alpha, gate.existing, gate.loops) for gate in site.gates)
     return gates, tuple(norm.at for norm in site.norms), site.activation

@@ -151,15 +151,29 @@ def _place_gate(undo: ExitStack, model: nn.Module, owner: nn.Module, path: str, 
         made = [
             nn.Parameter(torch.full(gate.shape, init, dtype=like.dtype, device=like.device)) for _ in gate.parameters()
         ]
-        if gate.loop is None:
+        if not gate.loops:
             put(undo, owner._parameters, gate.alpha, made[0])
         else:
-            put(undo, owner._modules, gate.alpha, nn.ParameterList(made).train(owner.training))
+            paths = [member.split(".") for member in gate.members]
+            put(undo, owner._modules, gate.alpha, _nested(paths, made).train(owner.training))
         note(undo, owner, Added(gate.alpha))
     names: tuple[str, ...] = owner.__dict__.get("rezero_gates", ())
     new = tuple(name for name in gate.parameters() if name not in names)
     if new:
         put(undo, owner.__dict__, "rezero_gates", (*names, *new))
+
+
+def _nested(paths: list[list[str]], parameters: list[nn.Parameter]) -> nn.Module:
+    """The parameters as a list, or as lists in lists if their paths are longer."""
+    if len(paths[0]) == 1:
+        return nn.ParameterList(parameters)
+    groups: dict[str, list[int]] = {}
+    for number, path in enumerate(paths):
+        groups.setdefault(path[0], []).append(number)
+    inner = ([paths[n][1:] for n in group] for group in groups.values())
+    return nn.ModuleList(
+        _nested(rest, [parameters[n] for n in group]) for rest, group in zip(inner, groups.values(), strict=True)
+    )
 
 
 def _drop_norms(undo: ExitStack, model: nn.Module, plan: Plan) -> None:

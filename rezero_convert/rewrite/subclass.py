@@ -19,12 +19,14 @@ from ..errors import ConversionError
 from .recompile import codes, compiled, is_at, rebuilt
 
 
-def rezero_gate(alpha: Tensor, branch: Tensor) -> Tensor:
+def rezero_gate(alpha: Tensor, branch: Tensor | float) -> Tensor:
     """`alpha * branch` in the branch's dtype; a half-precision branch is scaled in single precision.
 
     So the residual stream keeps its dtype, whatever alpha's is, and alpha's gradient does not overflow. The proxies of
-    `torch.fx` have no dtype to ask for.
+    `torch.fx` have no dtype to ask for; neither has a number, the weight of `torch.lerp`.
     """
+    if isinstance(branch, (int, float)):
+        return alpha * branch
     if isinstance(branch, Tensor) and (branch.dtype == torch.float16 or branch.dtype == torch.bfloat16):
         return (alpha.float() * branch).to(branch.dtype)
     return (alpha * branch).to(branch.dtype)

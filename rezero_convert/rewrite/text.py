@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import libcst as cst
@@ -22,8 +23,12 @@ GateSpelling = Callable[[cst.Name, cst.BaseExpression, cst.BaseExpression], cst.
 """How `alpha` scales an operand; the first argument is the text of the parameter, `self.alpha_attn`."""
 
 _Target = cst.BinaryOperation | cst.Call | cst.AugAssign
+_For = cst.For | cst.CompFor
+_Position = Callable[[int, int], CodePosition]
+"""Gives a place in `ast`'s terms, line and column, in libcst's."""
 _Line = TypeVar("_Line", cst.SimpleStatementLine, cst.SimpleStatementSuite)
 _Item = TypeVar("_Item", cst.Arg, cst.BaseElement)
+_Clause = TypeVar("_Clause", cst.For, cst.CompFor)
 
 _INPLACE_SUMS: dict[str, type[cst.BaseBinaryOp]] = {"add_": cst.Add, "sub_": cst.Subtract, "subtract_": cst.Subtract}
 
@@ -50,8 +55,9 @@ def edit(text: str, sites: Iterable[Site], gate: GateSpelling, *, file: str, fir
     except cst.ParserSyntaxError as error:
         raise ConversionError(f"{file}:{first_line + error.raw_line - 1}: syntax error: {error.message}") from error
     positions = wrapper.resolve(PositionProvider)
-    nodes = _locate(text, positions, wanted.operands(), first_line)
-    loops = _loops(positions, wanted.gates.values(), first_line)
+    position = partial(_position, text.split("\n"), first_line)
+    nodes = _locate(positions, wanted.operands(), position)
+    loops = _loops(positions, wanted.gates.values(), position)
     editor = _Editor(wanted, nodes, wrapper.resolve(ParentNodeProvider), gate, loops)
     return wrapper.module.visit(editor).code
 
@@ -83,7 +89,7 @@ class _GateEdit:
     """"" adds no gate: only the activation goes in."""
     activation: Operand | None
     where: Operand
-    loop: Loop | None = None
+    loops: tuple[Loop, ...] = ()
 
 
 @dataclass(slots=True)
@@ -106,7 +112,7 @@ class _Wanted:
                     if moved is not None:
                         raise ConversionError(f"{moved.span}: no operand is known that the activation could move to")
                     continue
-                change = _GateEdit("" if gate.existing else gate.alpha, moved, gate.at, gate.loop)
+                change = _GateEdit("" if gate.existing else gate.alpha, moved, gate.at, gate.loops)
                 if not self._holds(gate.at) or (gate.existing and moved is None):
                     continue
                 if self.gates.setdefault((gate.at.span, gate.at.index), change) != change:
@@ -125,16 +131,16 @@ class _Wanted:
         return span.file == self.file and self.first <= span.line and span.end_line <= self.last
 
 
+def _position(rows: Sequence[str], first_line: int, line: int, col: int) -> CodePosition:
+    """A place in `ast`'s terms in libcst's."""
+    row = rows[line - first_line].encode()
+    return CodePosition(line - first_line + 1, len(row[:col].decode(errors="replace")))
+
+
 def _locate(
-    text: str, positions: Mapping[cst.CSTNode, CodeRange], operands: Sequence[Operand], first_line: int
+    positions: Mapping[cst.CSTNode, CodeRange], operands: Sequence[Operand], position: _Position
 ) -> dict[Span, _Target]:
     """The node of each operand's expression."""
-    rows = text.split("\n")
-
-    def position(line: int, col: int) -> CodePosition:
-        row = rows[line - first_line].encode()
-        return CodePosition(line - first_line + 1, len(row[:col].decode(errors="replace")))
-
     exact: dict[tuple[CodePosition, CodePosition], _Target] = {}
     chained: dict[tuple[CodePosition, CodePosition], _Target] = {}
     for node, place in positions.items():
@@ -155,19 +161,26 @@ def _locate(
 
 
 def _loops(
-    positions: Mapping[cst.CSTNode, CodeRange], changes: Iterable[_GateEdit], first_line: int
-) -> dict[Span, cst.For]:
-    """The `for` statements that alphas are walked in, by their first lines."""
-    starts = {place.start.line: node for node, place in positions.items() if isinstance(node, cst.For)}
-    found: dict[Span, cst.For] = {}
-    for change in changes:
-        if change.loop is not None:
-            span = change.loop.span
-            statement = starts.get(span.line - first_line + 1)
-            if statement is None:
-                raise ConversionError(f"{span}: no loop is there (has the file changed?)")
-            found[span] = statement
+    positions: Mapping[cst.CSTNode, CodeRange], changes: Iterable[_GateEdit], position: _Position
+) -> dict[Span, _For]:
+    """The `for` clauses that alphas are walked in, by their first variables."""
+    clauses = [node for node in positions if isinstance(node, (cst.For, cst.CompFor))]
+    starts = {min(_starts(positions, node.target)): node for node in clauses}
+    found: dict[Span, _For] = {}
+    for span in dict.fromkeys(loop.span for change in changes for loop in change.loops):
+        at = position(span.line, span.col)
+        if (at.line, at.column) not in starts:
+            raise ConversionError(f"{span}: no loop is there (has the file changed?)")
+        found[span] = starts[at.line, at.column]
     return found
+
+
+def _starts(positions: Mapping[cst.CSTNode, CodeRange], node: cst.CSTNode) -> Iterator[tuple[int, int]]:
+    """Where the names in an expression begin."""
+    if isinstance(node, cst.Name):
+        yield positions[node].start.line, positions[node].start.column
+    for child in node.children:
+        yield from _starts(positions, child)
 
 
 class _Editor(cst.CSTTransformer):
@@ -179,7 +192,7 @@ class _Editor(cst.CSTTransformer):
         nodes: Mapping[Span, _Target],
         parents: Mapping[cst.CSTNode, cst.CSTNode],
         spelling: GateSpelling,
-        loops: Mapping[Span, cst.For],
+        loops: Mapping[Span, _For],
     ) -> None:
         super().__init__()
         self.parents = parents
@@ -192,13 +205,13 @@ class _Editor(cst.CSTTransformer):
             self.gates.setdefault(nodes[change.where.span], []).append(change)
         for operand in wanted.bypasses.values():
             self.bypasses[nodes[operand.span]] = operand
-        self.walks: dict[cst.CSTNode, list[_GateEdit]] = {}
+        self.walks: dict[cst.CSTNode, dict[str, cst.BaseExpression]] = {}
+        """Per `for` clause, the variables that walk lists of alphas."""
+        self.walked: dict[tuple[Span, int | str], cst.BaseExpression] = {}
+        """The alpha of a gate in loops."""
         for change in wanted.gates.values():
-            if change.loop is None or change.loop.index:
-                continue
-            walk = self.walks.setdefault(loops[change.loop.span], [])
-            if all(change.alpha != other.alpha for other in walk):
-                walk.append(change)
+            if change.loops:
+                self._walk(change, loops)
 
     def leave_BinaryOperation(
         self, original_node: cst.BinaryOperation, updated_node: cst.BinaryOperation
@@ -333,12 +346,8 @@ class _Editor(cst.CSTTransformer):
         if not change.alpha:
             return operand
         owner = cst.Name(self._first_argument(at, change.where.span))
-        if change.loop is not None and not change.loop.index:
-            return self.spelling(owner, cst.Name(change.alpha), operand)
-        alpha = self._attribute(at, change)
-        if change.loop is not None:
-            alpha = cst.Subscript(alpha, [cst.SubscriptElement(cst.Index(cst.Name(change.loop.index)))])
-        return self.spelling(owner, alpha, operand)
+        alpha = self.walked.get((change.where.span, change.where.index)) or self._attribute(at, change)
+        return self.spelling(owner, alpha.deep_clone(), operand)
 
     def _attribute(self, at: cst.CSTNode, change: _GateEdit) -> cst.BaseExpression:
         """`self.<alpha>`"""
@@ -347,23 +356,39 @@ class _Editor(cst.CSTTransformer):
             found = cst.Attribute(found, cst.Name(attribute))
         return found
 
+    def _walk(self, change: _GateEdit, loops: Mapping[Span, _For]) -> None:
+        """Walk the alphas through the loops around a gate: `self.alpha[i]`, or a variable beside the modules."""
+        clauses = [loops[loop.span] for loop in change.loops]
+        alpha = self._attribute(clauses[0], change)
+        used = self._names(clauses[0])
+        for depth, (clause, loop) in enumerate(zip(clauses, change.loops, strict=True), 1):
+            if loop.index:
+                alpha = cst.Subscript(alpha, [cst.SubscriptElement(cst.Index(cst.Name(loop.index)))])
+                continue
+            name = change.alpha.replace("alpha", "alpha" + "s" * (len(clauses) - depth), 1)
+            if name in used:
+                name = f"rezero_{name}"
+            self.walks.setdefault(clause, {})[name] = alpha
+            alpha = cst.Name(name)
+        self.walked[change.where.span, change.where.index] = alpha
+
+    def _names(self, node: cst.CSTNode) -> set[str]:
+        """The variables of the outermost function around `node`."""
+        function = [around for around in _ancestors(node, self.parents) if isinstance(around, cst.FunctionDef)][-1:]
+        return {name for around in function for name in _variables(around)}
+
     def leave_For(self, original_node: cst.For, updated_node: cst.For) -> cst.For:
-        changes = self.walks.get(original_node, [])
-        if not changes:
+        return self._walking(original_node, updated_node)
+
+    def leave_CompFor(self, original_node: cst.CompFor, updated_node: cst.CompFor) -> cst.CompFor:
+        return self._walking(original_node, updated_node)
+
+    def _walking(self, original_node: cst.CSTNode, updated_node: _Clause) -> _Clause:
+        alphas = self.walks.get(original_node)
+        if alphas is None:
             return updated_node
-        lists = [cst.Arg(self._attribute(original_node, change)) for change in changes]
-        names = [cst.Element(cst.Name(change.alpha)) for change in changes]
-        walk, target = updated_node.iter, updated_node.target
-        zipped = isinstance(walk, cst.Call) and isinstance(walk.func, cst.Name) and walk.func.value == "zip"
-        if zipped and isinstance(walk, cst.Call) and isinstance(target, cst.Tuple):
-            first = [arg for arg in walk.args if arg.keyword is None]
-            walk = walk.with_changes(args=[*map(_without_comma, first), *lists, *walk.args[len(first) :]])
-            target = target.with_changes(elements=[*map(_without_comma, target.elements), *names])
-        else:
-            walk = cst.Call(cst.Name("zip"), [cst.Arg(_bare(walk) if not _spills(_bare(walk)) else walk), *lists])
-            inner = _wrap(target) if isinstance(target, cst.Tuple) and not target.lpar else target
-            target = cst.Tuple([cst.Element(inner), *names], lpar=[], rpar=[])
-        return updated_node.with_changes(iter=walk, target=target)
+        target, walk = _beside(updated_node.target, updated_node.iter, alphas)
+        return updated_node.with_changes(target=target, iter=walk)
 
     def _activated(self, operand: cst.BaseExpression, activation: Operand) -> cst.BaseExpression:
         """`operand` in the place of the sum in a copy of the activation's call."""
@@ -474,6 +499,23 @@ class _Editor(cst.CSTTransformer):
         return params[0].name.value
 
 
+def _beside(
+    target: cst.BaseAssignTargetExpression, walk: cst.BaseExpression, alphas: Mapping[str, cst.BaseExpression]
+) -> tuple[cst.BaseExpression, cst.BaseExpression]:
+    """Target and iterable of a `for` that walks lists of alphas beside what it walks."""
+    lists = [cst.Arg(expression.deep_clone()) for expression in alphas.values()]
+    names = [cst.Element(cst.Name(name)) for name in alphas]
+    zipped = isinstance(walk, cst.Call) and isinstance(walk.func, cst.Name) and walk.func.value == "zip"
+    if zipped and isinstance(walk, cst.Call) and isinstance(target, cst.Tuple):
+        first = [arg for arg in walk.args if arg.keyword is None]
+        walk = walk.with_changes(args=[*map(_without_comma, first), *lists, *walk.args[len(first) :]])
+        return target.with_changes(elements=[*map(_without_comma, target.elements), *names]), walk
+    keep = isinstance(walk, (cst.Tuple, cst.GeneratorExp)) or _spills(_bare(walk))
+    inner = _wrap(target) if isinstance(target, cst.Tuple) and not target.lpar else target
+    walk = cst.Call(cst.Name("zip"), [cst.Arg(walk if keep else _bare(walk)), *lists])
+    return cst.Tuple([cst.Element(inner), *names], lpar=[], rpar=[]), walk
+
+
 _NO_SPACE = cst.SimpleWhitespace("")
 _TERMS = (cst.Name, cst.Attribute, cst.Subscript, cst.Call, cst.Await, cst.BaseNumber)
 _DISPLAYS = (cst.List, cst.Dict, cst.Set, cst.ListComp, cst.DictComp, cst.SetComp, cst.BaseString)
@@ -557,6 +599,17 @@ def _ancestors(node: cst.CSTNode, parents: Mapping[cst.CSTNode, cst.CSTNode]) ->
     while around is not None:
         yield around
         around = parents.get(around)
+
+
+def _variables(node: cst.CSTNode) -> Iterator[str]:
+    """The names below `node` that are no attributes and no keywords of calls."""
+    if isinstance(node, cst.Name):
+        yield node.value
+    elif isinstance(node, (cst.Attribute, cst.Arg)):
+        yield from _variables(node.value)
+    else:
+        for child in node.children:
+            yield from _variables(child)
 
 
 def _unattached(lines: Sequence[cst.EmptyLine]) -> list[cst.EmptyLine]:

@@ -149,7 +149,7 @@ def _block(
     branches = tuple(
         Branch(source, gate.node, tuple(_weights(flow, branch)))
         for branch, gate, _ in own
-        for source in flow.inputs[gate.node]
+        for source in ([branch.term.value] if gate.node == branch.term.add else flow.inputs[gate.node])
         if not flow.constant[source]
     )
     where = site.span if site is not None and site.span is not None else span
@@ -270,7 +270,8 @@ def structure(subject: Subject, look: Look, looks: list[Look], notes: list[str])
     unread = sorted(name for name in subject.named if name not in gating)
     # a block that adds without its gate is another matter: its owner is among the ungated
     idle = {path for name in unread for path in _owners(name) if path not in ran or path not in look.ungated}
-    skipped = [name for name in unread if name in elsewhere and _owners(name) <= idle]
+    optional = elsewhere if subject.symbolic else elsewhere | _of_unrun(subject)
+    skipped = [name for name in unread if name in optional and _owners(name) <= idle]
     if skipped:  # layer drop, auxiliary heads
         notes.append(f"adds that did not run in {look.mode} mode: gates {compact(skipped)} not checked there")
     unread = [name for name in unread if name not in skipped]
@@ -281,6 +282,18 @@ def structure(subject: Subject, look: Look, looks: list[Look], notes: list[str])
     dropped = len({norm.path for _, plan in subject.plans for site in plan.converted for norm in site.norms
                    if norm.action != "keep"})  # fmt: skip
     yield Check("norm-gone", look.mode, not left, several("was to go but runs", left) or number(dropped, "norm"))
+
+
+def _of_unrun(subject: Subject) -> set[str]:
+    """The gates that were decided without a run: one run need not come to all of them."""
+    return {
+        joined(prefix, site.path, name)
+        for prefix, plan in subject.plans
+        if plan.route.startswith("static")
+        for site in plan.converted
+        for gate in site.gates
+        for name in gate.parameters()
+    }
 
 
 def _ran(look: Look) -> set[str]:

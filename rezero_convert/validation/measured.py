@@ -26,6 +26,7 @@ from .looks import (
 from .results import Check
 from .running import SEED
 
+_MORTAL = ("nonzero", "alive", "branch-alive")
 _RETRIES = 8  # stochastic depth may silence a whole branch in one run
 
 
@@ -41,6 +42,7 @@ class _Observed:
     equal: dict[int, bool] = field(default_factory=dict)
     finite: dict[int, bool] = field(default_factory=dict)
     nonzero: dict[int, bool] = field(default_factory=dict)
+    """Of branches and skips."""
 
     def cotangent(self, node: int) -> Tensor:
         shape, dtype, device = self.likes[node]
@@ -68,6 +70,9 @@ def with_numbers(subject: Subject, look: Look, notes: list[str]) -> Look | None:
 def _measure(subject: Subject, look: Look, notes: list[str]) -> Look:
     seen = _run(subject, look)
     look.checks = {block.sum: list(_at_zero(subject, block, seen, look.mode)) for block in look.found}
+    still = [block.path for block in look.found if not seen.nonzero.get(block.shortcut, True) and _excuse(look, block)]
+    if still:
+        notes.append(f"liveness was not checked where the stream is zero before the block: {compact(still)}")
     blind = [block.path for block in look.found if block.output in seen.edges and block.shortcut not in seen.edges]
     if blind:
         notes.append(f"the gradient through the block was not checked, the skip has none: {compact(blind)}")
@@ -83,12 +88,18 @@ def _measure(subject: Subject, look: Look, notes: list[str]) -> Look:
     return look
 
 
+def _excuse(look: Look, block: Block) -> bool:
+    """Leave out what a block failed of the checks of liveness; whether that was anything."""
+    checks = look.checks[block.sum]
+    look.checks[block.sum] = [check for check in checks if check.ok or check.name not in _MORTAL]
+    return len(look.checks[block.sum]) < len(checks)
+
+
 def _retry(subject: Subject, look: Look) -> None:
     """Measure again what stochastic depth may have silenced in one run: alive once is alive."""
-    mortal = ("nonzero", "alive", "branch-alive")
     for seed in range(SEED + 1, SEED + 1 + _RETRIES):
-        dead = {c.name for checks in look.checks.values() for c in checks if not c.ok and c.name in mortal}
-        silent = [block for block in look.found if any(not c.ok and c.name in mortal for c in look.checks[block.sum])]
+        dead = {c.name for checks in look.checks.values() for c in checks if not c.ok and c.name in _MORTAL}
+        silent = [block for block in look.found if any(not c.ok and c.name in _MORTAL for c in look.checks[block.sum])]
         if not dead or not all(_is_random(look, block) for block in silent):
             return
         try:
@@ -98,7 +109,7 @@ def _retry(subject: Subject, look: Look) -> None:
         for block in silent:
             again = {check.name: check for check in _at_zero(subject, block, seen, look.mode)}
             look.checks[block.sum] = [
-                again[check.name] if check.name in mortal and check.name in again and not check.ok else check
+                again[check.name] if check.name in _MORTAL and check.name in again and not check.ok else check
                 for check in look.checks[block.sum]
             ]
         del seen
@@ -183,6 +194,7 @@ def _watch(subject: Subject, look: Look, *, mark: bool) -> _Observed:
                 del skips[shortcut]
         if index in last:
             skips[index] = plain.clone()  # it may be overwritten before the sum
+            seen.nonzero[index] = bool(plain.any())
         if index in branches:
             seen.finite[index] = bool(plain.isfinite().all())
             seen.nonzero[index] = bool(plain.any())

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..capture import check_model
+from ..capture import check_model, without_inputs
 from ..capture.guard import untouched
 from ..capture.inputs import PASS_INPUTS, infer_inputs, resolve_inputs
 from ..capture.recorded import record
-from ..capture.symbolic import trace_symbolically
 from ..capture.trace import Trace
 from ..errors import ConversionError
 from ..listing import compact, number
@@ -101,7 +100,7 @@ def _registered(model: nn.Module, planned: Iterable[str]) -> tuple[dict[str, nn.
 
 def _trace(subject: Subject, *, training: bool) -> Trace:
     if subject.symbolic:
-        return trace_symbolically(subject.model, training=training)
+        return without_inputs(subject.model, training=training)
     return record(subject.model, subject.args, subject.kwargs, training=training)
 
 
