@@ -73,10 +73,7 @@ class _Tracer(fx.Tracer):
         args: list[Any] = [self._model]
         keywords: dict[str, Any] = {}
         for name, parameter in inspect.signature(self._model.forward).parameters.items():
-            if parameter.default is not parameter.empty or parameter.kind in (
-                parameter.VAR_POSITIONAL,
-                parameter.VAR_KEYWORD,
-            ):
+            if not is_required(parameter):
                 continue
             proxy = self.create_proxy("placeholder", name, (), {})
             self.root_call.inputs.append(proxy.node)
@@ -147,6 +144,12 @@ class _Tracer(fx.Tracer):
         for node in graph.nodes:
             if "origin" not in node.meta:
                 node.meta["origin"] = Origin(self.root_call, (), _OUTPUT if node.op == "output" else Facts())
+
+
+def is_required(parameter: inspect.Parameter) -> bool:
+    """Whether a call must give the argument."""
+    variable = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    return parameter.default is parameter.empty and not variable
 
 
 _INPUT = Facts("input", "input")

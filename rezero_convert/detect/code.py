@@ -22,6 +22,8 @@ class Definition(NamedTuple):
     qualname: str
     hidden: frozenset[str] = frozenset()
     """Its methods that the class in question overrides and never calls."""
+    unread: frozenset[str] = frozenset()
+    """The names in its methods, where their text cannot be had (`__init__`'s, and what is traced, left out)."""
 
 
 @sources.cached
@@ -161,7 +163,7 @@ def uses(
     Returns:
         The spans of the calls and of the other reads.
     """
-    definition = sources.class_of(file, qualname)
+    definition = sources.class_of(file, qualname) if sources.has_text(file) else None
     if definition is None:
         return (), ()
     calls, reads = [], []
@@ -227,12 +229,14 @@ def definitions(cls: Any) -> tuple[Definition, ...]:
                 above.setdefault(name, []).append(value)
         if base.__module__ in ("builtins", "torch.nn.modules.module", "abc", "typing"):
             continue
-        try:
-            file = inspect.getsourcefile(base)
-        except (TypeError, OSError):
-            continue
-        if file is not None:
-            found.append(Definition(file, base.__qualname__, hidden))
+        functions = [inspect.unwrap(value) for value in vars(base).values() if inspect.isfunction(value)]
+        files = [one.__code__.co_filename for one in functions if one.__qualname__.startswith(f"{base.__qualname__}.")]
+        if files and sources.has_text(files[0]):
+            found.append(Definition(files[0], base.__qualname__, hidden))
+        elif files:
+            others = [one.__code__.co_names for one in functions if one.__name__ not in ("__init__", "forward")]
+            unread = frozenset(name for names in others for name in names)
+            found.append(Definition(files[0], base.__qualname__, hidden, unread))
     return tuple(found)
 
 

@@ -182,6 +182,8 @@ def settle(held: list[Held], outside: Mapping[str, str], arms: frozenset[Span] =
 
 def _other_use(held: Held, bypassed: set[Span]) -> str | None:
     for definition in held.definitions:
+        if held.norm.attribute.partition(".")[0] in definition.unread:
+            return f"a method of {definition.qualname} whose text cannot be had names it"
         calls, reads = code.uses(definition.file, definition.qualname, held.norm.attribute, definition.hidden)
         if reads and not held.dead_reads:
             return f"its attributes are read at {reads[0]}"

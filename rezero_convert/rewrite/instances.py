@@ -194,7 +194,8 @@ def _find(cls: Any, place: Place) -> _Found | None:
 
 
 def _is_of(code: CodeType, place: Place) -> bool:
-    return code.co_filename == place.file and is_at(code, None, place.line) and code.co_name == place.name
+    file = sources.stands_for(place.file) or place.file
+    return code.co_filename == file and is_at(code, None, place.line) and code.co_name == place.name
 
 
 def _edited_method(recipe: Recipe, cls: type, found: _Found, file: str, body: str) -> EditedMethod:
