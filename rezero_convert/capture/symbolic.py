@@ -14,6 +14,7 @@ from ..errors import ConversionError
 from . import facts
 from .facts import Facts
 from .frames import FrameReader
+from .graphs import unflattened
 from .guard import substitute, untouched
 from .recorded import attribute_facts, is_leaf, one_line
 from .trace import Call, Frame, Origin, Trace
@@ -41,7 +42,9 @@ def trace_symbolically(model: nn.Module, *, training: bool = False) -> Trace:
                 f"{type(model).__name__} cannot be traced without inputs ({one_line(error)})"
             ) from error
     tracer.finish(graph)
-    return Trace(graph, tracer.root_call, tuple(tracer.calls), "symbolic", model, scalars=tracer.scalars)
+    return unflattened(
+        Trace(graph, tracer.root_call, tuple(tracer.calls), "symbolic", model, scalars=tracer.scalars)
+    )
 
 
 def _boundary(tracer: _Tracer, model: nn.Module) -> fx.Graph:

@@ -82,8 +82,11 @@ def is_add(span: Span) -> bool:
     if isinstance(node, (ast.BinOp, ast.AugAssign)):
         return isinstance(node.op, (ast.Add, ast.Sub))
     if isinstance(node, ast.Call):
-        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        return operation(name) in _ADD_CALLS
+        function = node.func
+        names = [function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")]
+        if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Attribute):
+            names.append(function.value.attr)  # torch.ops.aten.add.Tensor
+        return any(operation(name) in _ADD_CALLS for name in names)
     return False
 
 

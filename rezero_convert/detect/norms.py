@@ -58,14 +58,17 @@ def _decide(flow: Flow, node: int, position: Position, readers: list[int], optio
         return _with(norm, "keep", "its output is also read outside the branch")
     if _is_hooked(flow, path):
         return _with(norm, "keep", "hooks are attached to it")
+    generated = frame is not None and frame.span in flow.trace.generated
     if not path:
-        return _functional(flow, node, norm)
+        return _with(norm, "bypass", f"{kind}-type norm dropped") if generated else _functional(flow, node, norm)
     if flow.trace.model is None and frame is not None and frame.place.file != _file(flow):
         return _with(norm, "keep", f"its call is in another file, {frame.span}")
     attribute = code.callee(frame.place, frame.span) if frame is not None else None
     owned = attribute is not None and frame is not None and _same(flow, frame.owner, attribute, path)
     if facts.fused:
         return _with(norm, "unfuse", f"{kind}-type norm dropped, its activation stays", bias=_bias(flow, node, path))
+    if generated:
+        return _with(norm, "bypass", f"{kind}-type norm dropped", "", _bias(flow, node, path))
     if owned and attribute is not None:
         return _with(norm, "bypass", f"{kind}-type norm dropped", attribute, _bias(flow, node, path))
     return _with(norm, "slot", f"{kind}-type norm dropped", "", _bias(flow, node, path))
