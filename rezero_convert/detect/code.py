@@ -116,6 +116,16 @@ def _is_number(node: ast.expr) -> bool:
 
 
 @sources.cached
+def target(span: Span) -> str:
+    """The name that the statement around a span gives its value; "" if it gives none."""
+    for node in ast.walk(sources.tree(span.file)):
+        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)) and node.lineno <= span.line <= (node.end_lineno or 0):
+            name = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            return name.id if isinstance(name, ast.Name) else ""
+    return ""
+
+
+@sources.cached
 def text(at: Operand) -> str:
     """An operand as written, on one line."""
     node = operand(at)

@@ -51,6 +51,9 @@ def _decide(flow: Flow, node: int, position: Position, readers: list[int], optio
     path = path_of(flow, node)
     frame = frame_of(flow, node)
     at = Operand(frame.place, frame.span, 0) if frame is not None else None
+    generated = frame is not None and frame.span in flow.trace.generated
+    if generated:
+        at = _in_graph(flow, node)
     norm = Norm(path, facts.type, kind, position, "keep", "", at=at)
     if kind not in options.drop_norm:
         return _with(norm, "keep", f"{kind}-type norms stay")
@@ -58,7 +61,6 @@ def _decide(flow: Flow, node: int, position: Position, readers: list[int], optio
         return _with(norm, "keep", "its output is also read outside the branch")
     if _is_hooked(flow, path):
         return _with(norm, "keep", "hooks are attached to it")
-    generated = frame is not None and frame.span in flow.trace.generated
     if not path:
         return _with(norm, "bypass", f"{kind}-type norm dropped") if generated else _functional(flow, node, norm)
     if flow.trace.model is None and frame is not None and frame.place.file != _file(flow):
@@ -98,6 +100,14 @@ def _functional(flow: Flow, node: int, norm: Norm) -> Norm:
     if norm.at is None or code.operand(norm.at) is None:
         return _with(norm, "keep", "functional norm whose call is not found in the text")
     return _with(norm, "bypass", f"{norm.kind}-type norm dropped")
+
+
+def _in_graph(flow: Flow, node: int) -> Operand | None:
+    """A norm in generated code, of one node or several: its last, and the name of the normalized value."""
+    last, entry = flow.origin(node).frames, flow.inputs[node][0]
+    before = flow.origin(entry).frames
+    name = code.target(before[-1].span) if before else str(flow.nodes[entry].target)
+    return Operand(last[-1].place, last[-1].span, name) if name else None
 
 
 def calls(flow: Flow) -> Iterator[int]:

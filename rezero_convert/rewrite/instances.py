@@ -16,6 +16,7 @@ from .. import sources
 from ..errors import ConversionError
 from ..known import FAST_PATHS
 from ..plan import Gate, Norm, Place, Plan, Site
+from . import graphs
 from .changes import CALLABLES
 from .recompile import codes, compiled, edited, is_at, parts, rebuilt
 from .subclass import EditedMethod, Recipe, converted_class, original_of, recipe_of
@@ -36,7 +37,22 @@ class NewFunction(NamedTuple):
     function: Any
 
 
-def edits(model: nn.Module, plan: Plan) -> tuple[list[NewClass], list[NewFunction]]:
+class NewGraph(NamedTuple):
+    """A graph module and the graph it is to get."""
+
+    instance: fx.GraphModule
+    graph: fx.Graph
+
+
+class Edits(NamedTuple):
+    """What is to be changed, instance by instance."""
+
+    classes: list[NewClass]
+    functions: list[NewFunction]
+    graphs: list[NewGraph]
+
+
+def edits(model: nn.Module, plan: Plan) -> Edits:
     """All that `plan` wants edited; nothing is changed yet.
 
     Raises:
@@ -45,7 +61,8 @@ def edits(model: nn.Module, plan: Plan) -> tuple[list[NewClass], list[NewFunctio
     texts: dict[Any, tuple[str, str]] = {}
     classes: list[NewClass] = []
     functions: list[NewFunction] = []
-    for job in _jobs(model, plan):
+    jobs, flat = _jobs(model, plan)
+    for job in jobs:
         if isinstance(job.instance, torch.jit.ScriptModule):
             raise ConversionError(f"{job.path or 'the model'}: a ScriptModule has no Python code to rewrite")
         cls: Any = type(job.instance)
@@ -59,7 +76,13 @@ def edits(model: nn.Module, plan: Plan) -> tuple[list[NewClass], list[NewFunctio
             method = _edited_method(recipe, cls, found, *_text_of(texts, place, found.code, job))
             methods[method.definer, method.qualname, method.line] = method
         classes.append(NewClass(job.instance, converted_class(Recipe(recipe.original, tuple(_sorted(methods))))))
-    return classes, functions
+    return Edits(classes, functions, [_new_graph(model, job) for job in flat])
+
+
+def _new_graph(model: nn.Module, job: _Job) -> NewGraph:
+    assert isinstance(job.instance, fx.GraphModule)
+    sites = [site for some in job.sites.values() for site in some]
+    return NewGraph(job.instance, graphs.edited(model, job.path, job.instance, sites))
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:
@@ -92,8 +115,10 @@ class _Job:
         return tuple(dict.fromkeys([*self.sites, *self.replacements]))
 
 
-def _jobs(model: nn.Module, plan: Plan) -> list[_Job]:
+def _jobs(model: nn.Module, plan: Plan) -> tuple[list[_Job], list[_Job]]:
+    """The jobs on classes and own functions, and those on graphs."""
     jobs: dict[int, _Job] = {}
+    flat: dict[str, _Job] = {}
 
     def job(path: str) -> _Job:
         instance = module_at(model, path)
@@ -102,7 +127,9 @@ def _jobs(model: nn.Module, plan: Plan) -> list[_Job]:
     touched: set[int] = set()
     for site in plan.edited:
         for path, place, part in _parts(model, site):
-            job(path).sites.setdefault(place, []).append(part)
+            graph = graphs.home(model, place, site.path)
+            one = job(path) if graph is None else flat.setdefault(graph, _Job(module_at(model, graph), graph))
+            one.sites.setdefault(place, []).append(part)
         touched.add(id(module_at(model, site.path)))
         touched.update(
             id(module_at(model, norm.path.rpartition(".")[0]))
@@ -119,7 +146,7 @@ def _jobs(model: nn.Module, plan: Plan) -> list[_Job]:
                 place = _place(known, "forward")
                 if not _has_edited(type(module), place):
                     one.replacements[_same_place(place, one.sites)] = (old, new)
-    return list(jobs.values())
+    return list(jobs.values()), list(flat.values())
 
 
 def _parts(model: nn.Module, site: Site) -> Iterator[tuple[str, Place, Site]]:
@@ -144,6 +171,9 @@ def _parts(model: nn.Module, site: Site) -> Iterator[tuple[str, Place, Site]]:
 def _caller(model: nn.Module, site: Site, norm: Norm) -> str:
     """The path of the module whose method calls the norm."""
     assert norm.at is not None
+    graph = graphs.home(model, norm.at.place, site.path)
+    if graph is not None:
+        return graph
     candidates = [site.path]
     if norm.attribute and norm.path != norm.attribute and norm.path.endswith("." + norm.attribute):
         candidates.append(norm.path[: -len(norm.attribute) - 1])
