@@ -104,7 +104,7 @@ _BLOCKS = (
 
 def is_leaf(cls: type[nn.Module]) -> bool:
     """Whether a module of this class is one node: its `forward` is torch.nn's own and holds no block."""
-    return cls.forward.__module__.startswith("torch.nn.") and not issubclass(cls, _CONTAINERS + _BLOCKS)
+    return (cls.forward.__module__ or "").startswith("torch.nn.") and not issubclass(cls, _CONTAINERS + _BLOCKS)
 
 
 _FUNCTIONS: dict[str, Kind] = {

@@ -1,8 +1,8 @@
 """Graph modules: their one flat `forward` is seen as the modules that it was traced from.
 
-A `torch.fx.GraphModule` runs generated code that calls leaf modules and functions in a row; `node.meta["nn_module_stack"]`
-tells which module each came from. What a capture records of that code is given back its module executions and owners,
-so that blocks are found and named as in the original model.
+A `torch.fx.GraphModule` runs generated code that calls leaf modules and functions in a row; `nn_module_stack` among a
+node's metadata tells which modules it came from. What a capture records of that code is given back its module
+executions and owners, so that blocks are found and named as in the original model.
 """
 
 from __future__ import annotations
@@ -56,6 +56,13 @@ def graph_modules(model: nn.Module) -> dict[str, fx.GraphModule]:
         for path, module in model.named_modules()
         if isinstance(module, fx.GraphModule) and "forward" not in module.__dict__
     }
+
+
+def is_flat(module: nn.Module | None) -> bool:
+    """Whether nothing is known of the modules that a graph module was traced from (`make_fx`)."""
+    return isinstance(module, fx.GraphModule) and not any(
+        node.meta.get("nn_module_stack") for node in module.graph.nodes
+    )
 
 
 def unflattened(trace: Trace) -> Trace:
@@ -133,7 +140,9 @@ class _Unflattening:
         """The frame as one of a method of the call's module, or of the nearest around it that is still there."""
         while call.module is None and call.parent is not None:
             call = call.parent
-        return Frame(Place(frame.place.module, f"{call.cls}.forward", frame.place.file, frame.place.line), frame.span, call.path)
+        return Frame(
+            Place(frame.place.module, f"{call.cls}.forward", frame.place.file, frame.place.line), frame.span, call.path
+        )
 
     def _module(self, path: str) -> nn.Module | None:
         assert self.trace.model is not None
@@ -160,7 +169,9 @@ class _Unflattening:
                     for call in around - _around(source, new):
                         _enter(call.inputs, source)
             for call in around:
-                if node in returned or any(call not in _around(user, new) for user in node.users if user.op != "output"):
+                if node in returned or any(
+                    call not in _around(user, new) for user in node.users if user.op != "output"
+                ):
                     _enter(call.outputs, node)
 
 

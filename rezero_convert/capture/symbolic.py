@@ -42,9 +42,7 @@ def trace_symbolically(model: nn.Module, *, training: bool = False) -> Trace:
                 f"{type(model).__name__} cannot be traced without inputs ({one_line(error)})"
             ) from error
     tracer.finish(graph)
-    return unflattened(
-        Trace(graph, tracer.root_call, tuple(tracer.calls), "symbolic", model, scalars=tracer.scalars)
-    )
+    return unflattened(Trace(graph, tracer.root_call, tuple(tracer.calls), "symbolic", model, scalars=tracer.scalars))
 
 
 def _boundary(tracer: _Tracer, model: nn.Module) -> fx.Graph:

@@ -115,14 +115,21 @@ def _is_number(node: ast.expr) -> bool:
     return isinstance(node, (ast.Constant, ast.JoinedStr, ast.List, ast.Tuple, ast.ListComp))
 
 
-@sources.cached
 def target(span: Span) -> str:
     """The name that the statement around a span gives its value; "" if it gives none."""
-    for node in ast.walk(sources.tree(span.file)):
-        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)) and node.lineno <= span.line <= (node.end_lineno or 0):
+    return _targets(span.file).get(span.line, "")
+
+
+@sources.cached
+def _targets(file: str) -> dict[int, str]:
+    found: dict[int, str] = {}
+    for node in ast.walk(sources.tree(file)):
+        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
             name = node.targets[0] if isinstance(node, ast.Assign) else node.target
-            return name.id if isinstance(name, ast.Name) else ""
-    return ""
+            if isinstance(name, ast.Name):
+                for line in range(node.lineno, (node.end_lineno or node.lineno) + 1):
+                    found.setdefault(line, name.id)
+    return found
 
 
 @sources.cached

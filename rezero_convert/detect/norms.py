@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
+from torch import fx, nn
 
 from ..capture.trace import Frame, origin
 from ..plan import Norm, NormAction, Operand, Options, Span
@@ -59,6 +59,8 @@ def _decide(flow: Flow, node: int, position: Position, readers: list[int], optio
         return _with(norm, "keep", f"{kind}-type norms stay")
     if readers:
         return _with(norm, "keep", "its output is also read outside the branch")
+    if at is None:
+        return _with(norm, "keep", "the value that it normalizes has no name in the generated code")
     if _is_hooked(flow, path):
         return _with(norm, "keep", "hooks are attached to it")
     if not path:
@@ -103,11 +105,17 @@ def _functional(flow: Flow, node: int, norm: Norm) -> Norm:
 
 
 def _in_graph(flow: Flow, node: int) -> Operand | None:
-    """A norm in generated code, of one node or several: its last, and the name of the normalized value."""
-    last, entry = flow.origin(node).frames, flow.inputs[node][0]
+    """A norm in generated code: its argument, or for one of several nodes its last and the normalized value's name."""
+    last, step = flow.origin(node).frames[-1], flow.steps.get(node)
+    if step is None or step.frames[-1].span == last.span:
+        return Operand(last.place, last.span, 0)
+    entry = flow.inputs[node][0]
     before = flow.origin(entry).frames
-    name = code.target(before[-1].span) if before else str(flow.nodes[entry].target)
-    return Operand(last[-1].place, last[-1].span, name) if name else None
+    if before and before[-1].span.file == last.span.file:
+        return Operand(last.place, last.span, code.target(before[-1].span))
+    if flow.nodes[entry].op == "placeholder" and isinstance(flow.trace.model, fx.GraphModule):
+        return Operand(last.place, last.span, str(flow.nodes[entry].target))
+    return None
 
 
 def calls(flow: Flow) -> Iterator[int]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any
 
@@ -18,22 +19,28 @@ from ..errors import ConversionError
 from ..plan import Gate, Norm, Operand, Place, Site
 from .changes import RECORDS
 
+Home = Callable[[Place, str], str | None]
 _HALF = (torch.float16, torch.bfloat16)
 
 
-def home(model: nn.Module, place: Place, path: str) -> str | None:
-    """The path of the graph module around `path` whose generated code `place` is; None if it is other text."""
-    found = [
-        at
-        for at, module in graph_modules(model).items()
-        if (not at or f"{path}.".startswith(f"{at}.")) and _is_text_of(place.file, module)
-    ]
-    return max(found, key=len, default=None)
+def homes(model: nn.Module) -> Home:
+    """What gives, for a place in generated code and a module path, the path of the graph module whose code that is.
 
+    None for any other text. The code of a copy of the module counts as the module's.
+    """
+    modules = graph_modules(model)
 
-def _is_text_of(file: str, module: fx.GraphModule) -> bool:
-    own = text_of(module).file
-    return file == own or (sources.has_text(file) and sources.text(file) == sources.text(own))
+    @functools.cache
+    def of_file(file: str) -> tuple[str, ...]:
+        own = {path: text_of(module).file for path, module in modules.items()}
+        text = sources.text(file) if sources.has_text(file) else None
+        return tuple(path for path, mine in own.items() if file == mine or (text and text == sources.text(mine)))
+
+    def home(place: Place, path: str) -> str | None:
+        found = of_file(place.file) if modules else ()
+        return max((at for at in found if not at or f"{path}.".startswith(f"{at}.")), key=len, default=None)
+
+    return home
 
 
 def edited(model: nn.Module, path: str, module: fx.GraphModule, sites: Iterable[Site]) -> fx.Graph:
@@ -77,7 +84,7 @@ class _Editor:
         return self.graph
 
     def node(self, at: Operand) -> fx.Node:
-        node = self.lines.get(at.span.line)
+        node: fx.Node | None = self.lines.get(at.span.line)
         if node is None:
             raise ConversionError(f"{at.span}: the graph of {self.path or 'the model'} has no node for this line")
         return node

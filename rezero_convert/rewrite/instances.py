@@ -125,9 +125,10 @@ def _jobs(model: nn.Module, plan: Plan) -> tuple[list[_Job], list[_Job]]:
         return jobs.setdefault(id(instance), _Job(instance, path))
 
     touched: set[int] = set()
+    home = graphs.homes(model)
     for site in plan.edited:
-        for path, place, part in _parts(model, site):
-            graph = graphs.home(model, place, site.path)
+        for path, place, part in _parts(model, site, home):
+            graph = home(place, site.path)
             one = job(path) if graph is None else flat.setdefault(graph, _Job(module_at(model, graph), graph))
             one.sites.setdefault(place, []).append(part)
         touched.add(id(module_at(model, site.path)))
@@ -149,7 +150,7 @@ def _jobs(model: nn.Module, plan: Plan) -> tuple[list[_Job], list[_Job]]:
     return list(jobs.values()), list(flat.values())
 
 
-def _parts(model: nn.Module, site: Site) -> Iterator[tuple[str, Place, Site]]:
+def _parts(model: nn.Module, site: Site, home: graphs.Home) -> Iterator[tuple[str, Place, Site]]:
     """The edits of a site by (module path, method): gates, norms and activation may be in different ones."""
     site = dataclasses.replace(site, verdict="converted")
     moved = site.activation is not None and site.activation.action == "move"
@@ -164,16 +165,14 @@ def _parts(model: nn.Module, site: Site) -> Iterator[tuple[str, Place, Site]]:
         yield site.path, place, dataclasses.replace(site, gates=tuple(some), norms=())
     for norm in site.norms:
         if norm.action == "bypass" and norm.at is not None:
-            path = _caller(model, site, norm)
+            path = home(norm.at.place, site.path)
+            path = _caller(model, site, norm) if path is None else path
             yield path, norm.at.place, dataclasses.replace(site, gates=(), norms=(norm,), activation=None)
 
 
 def _caller(model: nn.Module, site: Site, norm: Norm) -> str:
     """The path of the module whose method calls the norm."""
     assert norm.at is not None
-    graph = graphs.home(model, norm.at.place, site.path)
-    if graph is not None:
-        return graph
     candidates = [site.path]
     if norm.attribute and norm.path != norm.attribute and norm.path.endswith("." + norm.attribute):
         candidates.append(norm.path[: -len(norm.attribute) - 1])

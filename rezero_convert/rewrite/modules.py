@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..capture import facts
+from ..capture.graphs import graph_modules
 from ..errors import ConversionError
 from ..known import SWITCHES
 from ..plan import Gate, Plan, Repair
@@ -78,13 +79,14 @@ def rewrite(model: nn.Module, plan: Plan) -> ExitStack:
         for module, graph in graphs:
             note(undo, module, Regraphed(module.graph))
             set_graph(undo, module, graph)
+        for module in graph_modules(model).values():
             remember(undo, module)
         for owner, path, gate in _gates(model, plan):
             _place_gate(undo, model, owner, path, gate, plan.options.preserve)
         _drop_norms(undo, model, plan)
         for repair in dict.fromkeys(repair for site in plan.edited for repair in site.repairs):
             _repair(undo, model, repair)
-        for module, graph in graphs:
+        for _, graph in graphs:
             graph.lint()
         before = record(model)
         put(undo, model.__dict__, "rezero_plan", plan if before is None else _merged(before, plan))
