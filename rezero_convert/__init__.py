@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .api import SourceResult, audit, audit_source, convert, convert_source, unconvert
     from .errors import ConversionError, NoEffectWarning
+    from .graph_pass import ReZeroPass
     from .plan import Options, Plan
     from .report import Report
     from .rewrite.modules import alphas
@@ -23,6 +24,7 @@ __all__ = [
     "alphas",
     "convert_source",
     "audit_source",
+    "ReZeroPass",
     "Report",
     "Plan",
     "Options",
@@ -39,6 +41,7 @@ _HOMES = {
     "convert_source": "api",
     "audit_source": "api",
     "SourceResult": "api",
+    "ReZeroPass": "graph_pass",
     "validate": "validation",
     "Validation": "validation",
     "alphas": "rewrite.modules",

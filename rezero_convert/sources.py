@@ -15,6 +15,7 @@ from .plan import Place, Span
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _caches: list[Any] = []
+_stand_ins: dict[str, str] = {}
 
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
@@ -28,6 +29,17 @@ def register(file: str, text: str) -> None:
     linecache.cache[file] = (len(text), None, rows, file)
     if before and before != rows:
         forget()
+
+
+def stand_in(file: str, text: str, of: str) -> None:
+    """Register a text for code of a file, `of`, whose own text cannot be had."""
+    register(file, text)
+    _stand_ins[file] = of
+
+
+def stands_for(file: str) -> str | None:
+    """The file in whose place a text stands; None for a text of its own."""
+    return _stand_ins.get(file)
 
 
 def forget() -> None:
@@ -57,6 +69,16 @@ def text(file: str) -> str:
             return stream.read()
     except (OSError, SyntaxError, UnicodeDecodeError) as error:
         raise ConversionError(f"{file}: no source text ({error})") from error
+
+
+@cached
+def has_text(file: str) -> bool:
+    """Whether the text of `file` can be had, and is Python."""
+    try:
+        tree(file)
+    except ConversionError:
+        return False
+    return True
 
 
 @cached

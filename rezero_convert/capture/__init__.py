@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -9,9 +10,11 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import ConversionError
+from .graphs import unflattened
 from .inputs import PASS_INPUTS, infer_inputs, normalize_inputs, resolve_inputs
 from .live import trace_live
 from .recorded import one_line, record, record_on
+from .stand_ins import stand_ins
 from .symbolic import trace_symbolically
 from .trace import Trace
 
@@ -30,6 +33,21 @@ def capture(model: nn.Module, example_inputs: Any = None, *, training: bool = Fa
             not of the right form, the model raises on them, or there are none and both tracing and reading fail.
     """
     check_model(model)
+    with stand_ins(model) as (held, notes):
+        try:
+            trace = _captured(model, example_inputs, training)
+        except ConversionError as error:
+            if not held:
+                raise
+            failure = error
+        else:
+            return dataclasses.replace(trace, notes=(*notes, *trace.notes))
+    trace = _captured(model, example_inputs, training)
+    note = f"{held[0]} has no source text, and what torch.fx traces of it does not do what it does: {failure}"
+    return dataclasses.replace(trace, notes=(note, *trace.notes))
+
+
+def _captured(model: nn.Module, example_inputs: Any, training: bool) -> Trace:
     if example_inputs is not None:
         args, kwargs = normalize_inputs(example_inputs)
         return record(model, args, kwargs, training=training)
@@ -112,6 +130,6 @@ def without_inputs(model: nn.Module, *, training: bool = False, before: str = ""
     except ConversionError as error:
         traced = error
     try:
-        return trace_live(model, training=training)
+        return unflattened(trace_live(model, training=training))
     except ConversionError as error:
         raise ConversionError(f"{before}{traced}; {error}; {PASS_INPUTS}") from error

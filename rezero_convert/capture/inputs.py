@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.fx.graph import _PyTreeCodeGen
+from torch.utils._pytree import tree_unflatten
 
 from ..errors import ConversionError
 
@@ -57,7 +59,8 @@ def resolve_inputs(model: nn.Module, example_inputs: Any) -> Inputs:
 
 
 def infer_inputs(model: nn.Module) -> Inputs | None:
-    """Example inputs for a model that describes its own: transformers' `dummy_inputs`, timm's `input_size`.
+    """Example inputs for a model that describes its own: transformers' `dummy_inputs`, timm's `input_size`, a graph
+    module's notes at its placeholders.
 
     None where it does not. Values are random but the same every time, and torch's random state is not used.
     """
@@ -67,7 +70,30 @@ def infer_inputs(model: nn.Module) -> Inputs | None:
         described = getattr(model, name, None)
         if isinstance(described, Mapping) and described.get("input_size"):
             return (_image(model, _timm_size(model, described)),), {}
-    return None
+    return _of_graph(model) if isinstance(model, fx.GraphModule) else None
+
+
+def _of_graph(module: fx.GraphModule) -> Inputs | None:
+    """Inputs of the shapes that a tracer or an earlier pass has noted, in the structure that the module takes."""
+    generator = torch.Generator().manual_seed(0)
+    flat: list[Tensor] = []
+    for node in module.graph.find_nodes(op="placeholder"):
+        noted = node.meta.get("val", node.meta.get("tensor_meta", node.meta.get("example_value")))
+        shape, dtype = getattr(noted, "shape", None), getattr(noted, "dtype", None)
+        if shape is None or not isinstance(dtype, torch.dtype):
+            return None
+        sizes = [int(size) for size in shape]
+        made = (
+            torch.randn(sizes, generator=generator).to(dtype)
+            if dtype.is_floating_point
+            else torch.zeros(sizes, dtype=dtype)
+        )
+        flat.append(made.to(_device(module)))
+    codegen = module.graph._codegen
+    if not flat or not isinstance(codegen, _PyTreeCodeGen):
+        return (tuple(flat), {}) if flat else None
+    args, kwargs = tree_unflatten(flat, codegen.pytree_info.in_spec)
+    return tuple(args), dict(kwargs)
 
 
 def _transformers(model: nn.Module) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from ..errors import ConversionError
 from . import facts
 from .facts import Facts
 from .frames import TORCH, FrameReader
+from .graphs import unflattened
 from .guard import substitute, untouched
 from .trace import Call, Frame, Origin, Trace
 
@@ -69,11 +70,7 @@ def record_on(
         Exception: whatever the model raises.
     """
     with untouched(model, training=training):
-        if rung == "fake":
-            return _on_fake(model, args, kwargs)
-        if rung == "meta":
-            return _on_meta(model, args, kwargs)
-        return _on_real(model, args, kwargs)
+        return unflattened(_RECORDERS[rung](model, args, kwargs))
 
 
 Observe = Callable[[int, fx.Node, Tensor], None]
@@ -204,6 +201,13 @@ def _on_real(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     changed = [name for name, version in versions.items() if _version(named[name]) != version]
     notes = tuple(f"the model's forward overwrote its parameter {name} while it was recorded" for name in changed)
     return dataclasses.replace(trace, notes=notes)
+
+
+_RECORDERS: dict[Rung, Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], Trace]] = {
+    "fake": _on_fake,
+    "meta": _on_meta,
+    "real": _on_real,
+}
 
 
 @contextlib.contextmanager

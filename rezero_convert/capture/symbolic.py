@@ -14,6 +14,7 @@ from ..errors import ConversionError
 from . import facts
 from .facts import Facts
 from .frames import FrameReader
+from .graphs import unflattened
 from .guard import substitute, untouched
 from .recorded import attribute_facts, is_leaf, one_line
 from .trace import Call, Frame, Origin, Trace
@@ -41,7 +42,7 @@ def trace_symbolically(model: nn.Module, *, training: bool = False) -> Trace:
                 f"{type(model).__name__} cannot be traced without inputs ({one_line(error)})"
             ) from error
     tracer.finish(graph)
-    return Trace(graph, tracer.root_call, tuple(tracer.calls), "symbolic", model, scalars=tracer.scalars)
+    return unflattened(Trace(graph, tracer.root_call, tuple(tracer.calls), "symbolic", model, scalars=tracer.scalars))
 
 
 def _boundary(tracer: _Tracer, model: nn.Module) -> fx.Graph:
@@ -73,10 +74,7 @@ class _Tracer(fx.Tracer):
         args: list[Any] = [self._model]
         keywords: dict[str, Any] = {}
         for name, parameter in inspect.signature(self._model.forward).parameters.items():
-            if parameter.default is not parameter.empty or parameter.kind in (
-                parameter.VAR_POSITIONAL,
-                parameter.VAR_KEYWORD,
-            ):
+            if not is_required(parameter):
                 continue
             proxy = self.create_proxy("placeholder", name, (), {})
             self.root_call.inputs.append(proxy.node)
@@ -147,6 +145,12 @@ class _Tracer(fx.Tracer):
         for node in graph.nodes:
             if "origin" not in node.meta:
                 node.meta["origin"] = Origin(self.root_call, (), _OUTPUT if node.op == "output" else Facts())
+
+
+def is_required(parameter: inspect.Parameter) -> bool:
+    """Whether a call must give the argument."""
+    variable = parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    return parameter.default is parameter.empty and not variable
 
 
 _INPUT = Facts("input", "input")

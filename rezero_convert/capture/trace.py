@@ -7,6 +7,7 @@ methods `call_method` nodes, parameters and buffers `get_attr` nodes. `origin(no
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -77,6 +78,9 @@ class Trace:
     """Adds seen that involve no pair of tensors (number plus tensor)."""
     hidden: tuple[tuple[Frame, ...], ...] = ()
     """Where adds ran that no recorded call explains: code compiled by TorchScript, C++."""
+    generated: Mapping[Span, Span] = field(default_factory=dict)
+    """The expressions in code that torch.fx generated, each with the one that stands for all which were one text in
+    the module's class."""
 
 
 def origin(node: fx.Node) -> Origin:

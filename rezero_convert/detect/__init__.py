@@ -51,17 +51,23 @@ def _post_norms(flow: Flow, drafts: list[Draft], options: Options) -> list[Draft
     """Add the norm of the sum where it follows every occurrence of an add; else it is the norm before a head."""
     following: dict[Span | None, list[int | None]] = {}
     for draft in drafts:
-        following.setdefault(draft.site.span, []).append(_next_norm(flow, draft.block))
+        following.setdefault(_text(flow, draft), []).append(_next_norm(flow, draft.block))
     result = []
     for draft in drafts:
         node = _next_norm(flow, draft.block)
-        everywhere = following[draft.site.span]
+        everywhere = following[_text(flow, draft)]
         alone = len(everywhere) == 1 and any(member.position == "pre" for member in draft.members)
         alone = alone or (node is not None and _after_loop(flow, draft.site, node))
         if node is not None and None not in everywhere and not alone and draft.site.verdict == "converted":
             draft = replace(draft, members=(*draft.members, norms.after(flow, node, options)))
         result.append(draft)
     return result
+
+
+def _text(flow: Flow, draft: Draft) -> Span | None:
+    """The add's text, or what stands for it where each instance has code of its own."""
+    span = draft.site.span
+    return flow.trace.generated.get(span, span) if span is not None else None
 
 
 def _after_loop(flow: Flow, site: Site, node: int) -> bool:
@@ -83,7 +89,7 @@ def _unexecuted(flow: Flow, drafts: list[Draft], options: Options) -> list[arms.
     ran: dict[tuple[str, str], set[Place]] = {}
     for node in flow.nodes:
         frames = origin(node).frames
-        if frames and frames[-1].owner is not None:
+        if frames and frames[-1].owner is not None and frames[-1].span not in flow.trace.generated:
             path = frames[-1].owner
             ran.setdefault((path, class_name(flow, path)), set()).add(frames[-1].place)
     read = arms.reader(lambda trace: detect(trace, options), executed)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
+from ..capture.graphs import is_flat
 from ..capture.trace import Call
 from ..plan import Operand
 from . import code
@@ -303,7 +304,7 @@ def _projection(
     call = owner_call(flow, whole.node)
     if flow.nodes[skip] not in call.inputs and not _within(flow.origin(skip).call, call):
         return Refusal(whole, "RZ904", "skip and branch part outside the module that adds them", 1)
-    if not _is_output(flow, whole.node, call, path):
+    if not is_flat(call.module) and not _is_output(flow, whole.node, call, path):
         return Refusal(whole, "RZ916", "the sum is not the output of the module that makes it", 2)
     here, there = flow.shape(whole.node), flow.shape(skip)
     certain = here is not None and there is not None

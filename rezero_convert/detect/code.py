@@ -22,6 +22,8 @@ class Definition(NamedTuple):
     qualname: str
     hidden: frozenset[str] = frozenset()
     """Its methods that the class in question overrides and never calls."""
+    unread: frozenset[str] = frozenset()
+    """The names in its methods, where their text cannot be had (`__init__`'s, and what is traced, left out)."""
 
 
 @sources.cached
@@ -82,8 +84,11 @@ def is_add(span: Span) -> bool:
     if isinstance(node, (ast.BinOp, ast.AugAssign)):
         return isinstance(node.op, (ast.Add, ast.Sub))
     if isinstance(node, ast.Call):
-        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        return operation(name) in _ADD_CALLS
+        function = node.func
+        names = [function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")]
+        if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Attribute):
+            names.append(function.value.attr)  # torch.ops.aten.add.Tensor
+        return any(operation(name) in _ADD_CALLS for name in names)
     return False
 
 
@@ -139,6 +144,23 @@ def _is_number(node: ast.expr) -> bool:
     return isinstance(node, (ast.Constant, ast.JoinedStr, ast.List, ast.Tuple, ast.ListComp))
 
 
+def target(span: Span) -> str:
+    """The name that the statement around a span gives its value; "" if it gives none."""
+    return _targets(span.file).get(span.line, "")
+
+
+@sources.cached
+def _targets(file: str) -> dict[int, str]:
+    found: dict[int, str] = {}
+    for node in ast.walk(sources.tree(file)):
+        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
+            name = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            if isinstance(name, ast.Name):
+                for line in range(node.lineno, (node.end_lineno or node.lineno) + 1):
+                    found.setdefault(line, name.id)
+    return found
+
+
 @sources.cached
 def text(at: Operand) -> str:
     """An operand as written, on one line."""
@@ -190,7 +212,7 @@ def uses(
     Returns:
         The spans of the calls and of the other reads.
     """
-    definition = sources.class_of(file, qualname)
+    definition = sources.class_of(file, qualname) if sources.has_text(file) else None
     if definition is None:
         return (), ()
     calls, reads = [], []
@@ -256,12 +278,14 @@ def definitions(cls: Any) -> tuple[Definition, ...]:
                 above.setdefault(name, []).append(value)
         if base.__module__ in ("builtins", "torch.nn.modules.module", "abc", "typing"):
             continue
-        try:
-            file = inspect.getsourcefile(base)
-        except (TypeError, OSError):
-            continue
-        if file is not None:
-            found.append(Definition(file, base.__qualname__, hidden))
+        functions = [inspect.unwrap(value) for value in vars(base).values() if inspect.isfunction(value)]
+        files = [one.__code__.co_filename for one in functions if one.__qualname__.startswith(f"{base.__qualname__}.")]
+        if files and sources.has_text(files[0]):
+            found.append(Definition(files[0], base.__qualname__, hidden))
+        elif files:
+            others = [one.__code__.co_names for one in functions if one.__name__ not in ("__init__", "forward")]
+            unread = frozenset(name for names in others for name in names)
+            found.append(Definition(files[0], base.__qualname__, hidden, unread))
     return tuple(found)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 
+from torch import nn
+
 from ..capture.trace import Frame
 from ..plan import Activation, Gate, Operand, Options, Repair, Site, Span, Verdict
 from . import code, gates, helpers, names, norms
@@ -74,7 +76,7 @@ def request(flow: Flow, site: Site, at: Operand, child: str) -> names.Request:
     module = flow.module(site.path)
     bases = [base.__qualname__ for base in type(module).__mro__] if module is not None else [site.cls]
     rank = bases.index(at.place.cls) if at.place.cls in bases else int(at.place.cls != site.cls)
-    return names.Request(site.cls, rank, at, child)
+    return names.Request(site.cls, rank, replace(at, span=flow.trace.generated.get(at.span, at.span)), child)
 
 
 def _reason(flow: Flow, block: Block) -> str:
@@ -104,7 +106,8 @@ def site_of(flow: Flow, whole: Sum, verdict: Verdict, number: str) -> Site:
 
 def class_name(flow: Flow, path: str) -> str:
     module = flow.module(path)
-    return type(module).__qualname__ if module is not None else ""
+    plain = type(module) is nn.Module  # torch.fx keeps the children of a module, not its class
+    return type(module).__qualname__ if module is not None and not plain else ""
 
 
 def frame_of(flow: Flow, node: int) -> Frame | None:

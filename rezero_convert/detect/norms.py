@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
+from torch import fx, nn
 
 from ..capture.trace import Frame, origin
 from ..plan import Norm, NormAction, Operand, Options, Span
@@ -51,21 +51,28 @@ def _decide(flow: Flow, node: int, position: Position, readers: list[int], optio
     path = path_of(flow, node)
     frame = frame_of(flow, node)
     at = Operand(frame.place, frame.span, 0) if frame is not None else None
+    generated = frame is not None and frame.span in flow.trace.generated
+    if generated:
+        at = _in_graph(flow, node)
     norm = Norm(path, facts.type, kind, position, "keep", "", at=at)
     if kind not in options.drop_norm:
         return _with(norm, "keep", f"{kind}-type norms stay")
     if readers:
         return _with(norm, "keep", "its output is also read outside the branch")
+    if at is None:
+        return _with(norm, "keep", "the value that it normalizes has no name in the generated code")
     if _is_hooked(flow, path):
         return _with(norm, "keep", "hooks are attached to it")
     if not path:
-        return _functional(flow, node, norm)
+        return _with(norm, "bypass", f"{kind}-type norm dropped") if generated else _functional(flow, node, norm)
     if flow.trace.model is None and frame is not None and frame.place.file != _file(flow):
         return _with(norm, "keep", f"its call is in another file, {frame.span}")
     attribute = code.callee(frame.place, frame.span) if frame is not None else None
     owned = attribute is not None and frame is not None and _same(flow, frame.owner, attribute, path)
     if facts.fused:
         return _with(norm, "unfuse", f"{kind}-type norm dropped, its activation stays", bias=_bias(flow, node, path))
+    if generated:
+        return _with(norm, "bypass", f"{kind}-type norm dropped", "", _bias(flow, node, path))
     if owned and attribute is not None:
         return _with(norm, "bypass", f"{kind}-type norm dropped", attribute, _bias(flow, node, path))
     return _with(norm, "slot", f"{kind}-type norm dropped", "", _bias(flow, node, path))
@@ -95,6 +102,20 @@ def _functional(flow: Flow, node: int, norm: Norm) -> Norm:
     if norm.at is None or code.operand(norm.at) is None:
         return _with(norm, "keep", "functional norm whose call is not found in the text")
     return _with(norm, "bypass", f"{norm.kind}-type norm dropped")
+
+
+def _in_graph(flow: Flow, node: int) -> Operand | None:
+    """A norm in generated code: its argument, or for one of several nodes its last and the normalized value's name."""
+    last, step = flow.origin(node).frames[-1], flow.steps.get(node)
+    if step is None or step.frames[-1].span == last.span:
+        return Operand(last.place, last.span, 0)
+    entry = flow.inputs[node][0]
+    before = flow.origin(entry).frames
+    if before and before[-1].span.file == last.span.file:
+        return Operand(last.place, last.span, code.target(before[-1].span))
+    if flow.nodes[entry].op == "placeholder" and isinstance(flow.trace.model, fx.GraphModule):
+        return Operand(last.place, last.span, str(flow.nodes[entry].target))
+    return None
 
 
 def calls(flow: Flow) -> Iterator[int]:
@@ -182,6 +203,8 @@ def settle(held: list[Held], outside: Mapping[str, str], arms: frozenset[Span] =
 
 def _other_use(held: Held, bypassed: set[Span]) -> str | None:
     for definition in held.definitions:
+        if held.norm.attribute.partition(".")[0] in definition.unread:
+            return f"a method of {definition.qualname} whose text cannot be had names it"
         calls, reads = code.uses(definition.file, definition.qualname, held.norm.attribute, definition.hidden)
         if reads and not held.dead_reads:
             return f"its attributes are read at {reads[0]}"

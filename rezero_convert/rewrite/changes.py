@@ -15,7 +15,7 @@ from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .recompile import parts, rebuilt
 
@@ -74,7 +74,21 @@ class Held:
     before: Any
 
 
-Entry = Added | Overwritten | Biased | Dropped | Held
+@dataclass(frozen=True, slots=True)
+class Regraphed:
+    """A graph module got another graph."""
+
+    before: fx.Graph | None
+    """None in a model that was pickled: torch.fx pickles the code of a graph, not the graph."""
+
+    def __reduce__(self) -> tuple[type[Regraphed], tuple[None]]:
+        return Regraphed, (None,)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Regraphed:
+        return Regraphed(copy.deepcopy(self.before))
+
+
+Entry = Added | Overwritten | Biased | Dropped | Held | Regraphed
 
 
 def note(undo: ExitStack, module: nn.Module, entry: Entry) -> None:
@@ -124,6 +138,12 @@ def set_class(undo: ExitStack, instance: nn.Module, cls: type[Any]) -> None:
     """Give an instance another class."""
     undo.callback(object.__setattr__, instance, "__class__", type(instance))
     object.__setattr__(instance, "__class__", cls)
+
+
+def set_graph(undo: ExitStack, module: fx.GraphModule, graph: fx.Graph) -> None:
+    """Give a graph module another graph, and the code for it."""
+    undo.callback(setattr, module, "graph", module.graph)
+    module.graph = graph
 
 
 def rebind(undo: ExitStack, model: nn.Module, changed: Mapping[int, Sequence[tuple[CodeType, CodeType]]]) -> None:

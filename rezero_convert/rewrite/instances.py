@@ -16,6 +16,7 @@ from .. import sources
 from ..errors import ConversionError
 from ..known import FAST_PATHS
 from ..plan import Gate, Norm, Place, Plan, Site
+from . import graphs
 from .changes import CALLABLES
 from .recompile import codes, compiled, edited, is_at, parts, rebuilt
 from .subclass import EditedMethod, Recipe, converted_class, original_of, recipe_of
@@ -36,7 +37,22 @@ class NewFunction(NamedTuple):
     function: Any
 
 
-def edits(model: nn.Module, plan: Plan) -> tuple[list[NewClass], list[NewFunction]]:
+class NewGraph(NamedTuple):
+    """A graph module and the graph it is to get."""
+
+    instance: fx.GraphModule
+    graph: fx.Graph
+
+
+class Edits(NamedTuple):
+    """What is to be changed, instance by instance."""
+
+    classes: list[NewClass]
+    functions: list[NewFunction]
+    graphs: list[NewGraph]
+
+
+def edits(model: nn.Module, plan: Plan) -> Edits:
     """All that `plan` wants edited; nothing is changed yet.
 
     Raises:
@@ -45,7 +61,8 @@ def edits(model: nn.Module, plan: Plan) -> tuple[list[NewClass], list[NewFunctio
     texts: dict[Any, tuple[str, str]] = {}
     classes: list[NewClass] = []
     functions: list[NewFunction] = []
-    for job in _jobs(model, plan):
+    jobs, flat = _jobs(model, plan)
+    for job in jobs:
         if isinstance(job.instance, torch.jit.ScriptModule):
             raise ConversionError(f"{job.path or 'the model'}: a ScriptModule has no Python code to rewrite")
         cls: Any = type(job.instance)
@@ -59,7 +76,13 @@ def edits(model: nn.Module, plan: Plan) -> tuple[list[NewClass], list[NewFunctio
             method = _edited_method(recipe, cls, found, *_text_of(texts, place, found.code, job))
             methods[method.definer, method.qualname, method.line] = method
         classes.append(NewClass(job.instance, converted_class(Recipe(recipe.original, tuple(_sorted(methods))))))
-    return classes, functions
+    return Edits(classes, functions, [_new_graph(model, job) for job in flat])
+
+
+def _new_graph(model: nn.Module, job: _Job) -> NewGraph:
+    assert isinstance(job.instance, fx.GraphModule)
+    sites = [site for some in job.sites.values() for site in some]
+    return NewGraph(job.instance, graphs.edited(model, job.path, job.instance, sites))
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:
@@ -92,17 +115,22 @@ class _Job:
         return tuple(dict.fromkeys([*self.sites, *self.replacements]))
 
 
-def _jobs(model: nn.Module, plan: Plan) -> list[_Job]:
+def _jobs(model: nn.Module, plan: Plan) -> tuple[list[_Job], list[_Job]]:
+    """The jobs on classes and own functions, and those on graphs."""
     jobs: dict[int, _Job] = {}
+    flat: dict[str, _Job] = {}
 
     def job(path: str) -> _Job:
         instance = module_at(model, path)
         return jobs.setdefault(id(instance), _Job(instance, path))
 
     touched: set[int] = set()
+    home = graphs.homes(model)
     for site in plan.edited:
-        for path, place, part in _parts(model, site):
-            job(path).sites.setdefault(place, []).append(part)
+        for path, place, part in _parts(model, site, home):
+            graph = home(place, site.path)
+            one = job(path) if graph is None else flat.setdefault(graph, _Job(module_at(model, graph), graph))
+            one.sites.setdefault(place, []).append(part)
         touched.add(id(module_at(model, site.path)))
         touched.update(
             id(module_at(model, norm.path.rpartition(".")[0]))
@@ -119,10 +147,10 @@ def _jobs(model: nn.Module, plan: Plan) -> list[_Job]:
                 place = _place(known, "forward")
                 if not _has_edited(type(module), place):
                     one.replacements[_same_place(place, one.sites)] = (old, new)
-    return list(jobs.values())
+    return list(jobs.values()), list(flat.values())
 
 
-def _parts(model: nn.Module, site: Site) -> Iterator[tuple[str, Place, Site]]:
+def _parts(model: nn.Module, site: Site, home: graphs.Home) -> Iterator[tuple[str, Place, Site]]:
     """The edits of a site by (module path, method): gates, norms and activation may be in different ones."""
     site = dataclasses.replace(site, verdict="converted")
     moved = site.activation is not None and site.activation.action == "move"
@@ -137,7 +165,8 @@ def _parts(model: nn.Module, site: Site) -> Iterator[tuple[str, Place, Site]]:
         yield site.path, place, dataclasses.replace(site, gates=tuple(some), norms=())
     for norm in site.norms:
         if norm.action == "bypass" and norm.at is not None:
-            path = _caller(model, site, norm)
+            path = home(norm.at.place, site.path)
+            path = _caller(model, site, norm) if path is None else path
             yield path, norm.at.place, dataclasses.replace(site, gates=(), norms=(norm,), activation=None)
 
 
@@ -194,7 +223,8 @@ def _find(cls: Any, place: Place) -> _Found | None:
 
 
 def _is_of(code: CodeType, place: Place) -> bool:
-    return code.co_filename == place.file and is_at(code, None, place.line) and code.co_name == place.name
+    file = sources.stands_for(place.file) or place.file
+    return code.co_filename == file and is_at(code, None, place.line) and code.co_name == place.name
 
 
 def _edited_method(recipe: Recipe, cls: type, found: _Found, file: str, body: str) -> EditedMethod:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from ..capture import facts
+from ..capture.graphs import graph_modules
 from ..errors import ConversionError
 from ..known import SWITCHES
 from ..plan import Gate, Plan, Repair
@@ -27,6 +28,7 @@ from .changes import (
     Dropped,
     Held,
     Overwritten,
+    Regraphed,
     blank,
     constants,
     delete,
@@ -37,7 +39,9 @@ from .changes import (
     put,
     rebind,
     set_class,
+    set_graph,
 )
+from .graphs import remember
 from .instances import edits, module_at
 from .subclass import code_changes, rezero_gate
 
@@ -60,7 +64,7 @@ def rewrite(model: nn.Module, plan: Plan) -> ExitStack:
         ConversionError: a method's text cannot be had, is not what was imported, or cannot be edited; or the model is
             not the one that was planned for.
     """
-    classes, functions = edits(model, plan)
+    classes, functions, graphs = edits(model, plan)
     with ExitStack() as undo:
         changed: dict[int, list[tuple[CodeType, CodeType]]] = {}
         for instance, cls in classes:
@@ -72,11 +76,18 @@ def rewrite(model: nn.Module, plan: Plan) -> ExitStack:
         for instance, name, function in functions:
             _hold(undo, instance, name, function)
         rebind(undo, model, changed)
+        for module, graph in graphs:
+            note(undo, module, Regraphed(module.graph))
+            set_graph(undo, module, graph)
+        for module in graph_modules(model).values():
+            remember(undo, module)
         for owner, path, gate in _gates(model, plan):
             _place_gate(undo, model, owner, path, gate, plan.options.preserve)
         _drop_norms(undo, model, plan)
         for repair in dict.fromkeys(repair for site in plan.edited for repair in site.repairs):
             _repair(undo, model, repair)
+        for _, graph in graphs:
+            graph.lint()
         before = record(model)
         put(undo, model.__dict__, "rezero_plan", plan if before is None else _merged(before, plan))
         return undo.pop_all()

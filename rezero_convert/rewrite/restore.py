@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from types import CodeType
 
-from torch import nn
+from torch import fx, nn
 
 from ..errors import ConversionError
 from .changes import (
@@ -16,12 +16,14 @@ from .changes import (
     Entry,
     Held,
     Overwritten,
+    Regraphed,
     delete,
     put,
     rebind,
     regrown,
     replace,
     set_class,
+    set_graph,
 )
 from .subclass import code_changes, recipe_of
 
@@ -96,6 +98,11 @@ def _undone(
                     delete(undo, mapping, name)
         case Held(name, before):
             put(undo, module.__dict__, name, before)
+        case Regraphed(before):
+            assert isinstance(module, fx.GraphModule)
+            if before is None:
+                raise ConversionError("the graph before the conversion is gone: the model was pickled since")
+            set_graph(undo, module, before)
         case Overwritten(_, why):
             return why
         case Biased(present):

@@ -130,6 +130,8 @@ def _torchvision_attempts(name: str, kind: Kind) -> Iterator[Attempt]:
         return lambda: models.get_model(name, **options, **more)
 
     if package == "detection":
+        few = {"rpn_post_nms_top_n_train": 16, "rpn_post_nms_top_n_test": 16}  # regions: pooled in Python, slowly
+        yield Attempt(build(min_size=64, max_size=64, **few), (lambda model: _pictures(),), "64 px, 16 regions")
         yield Attempt(build(min_size=64, max_size=64), (lambda model: _pictures(),), "64 px")
         yield Attempt(build(), (lambda model: _pictures(),))  # SSD has one size
         return

@@ -1,0 +1,210 @@
+"""Graph modules: their one flat `forward` is seen as the modules that it was traced from.
+
+A `torch.fx.GraphModule` runs generated code that calls leaf modules and functions in a row; `nn_module_stack` among a
+node's metadata tells which modules it came from. What a capture records of that code is given back its module
+executions and owners, so that blocks are found and named as in the original model.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from torch import fx, nn
+
+from .. import sources
+from ..plan import Place, Span
+from . import facts
+from .trace import Call, Frame, Origin, Trace, origin
+
+
+class Text(NamedTuple):
+    """The generated code of a graph module, and which node each statement computes."""
+
+    file: str
+    nodes: dict[int, fx.Node]
+    """By line."""
+
+    def node(self, span: Span) -> fx.Node | None:
+        return self.nodes.get(span.line) if span.file == self.file else None
+
+
+def text_of(module: fx.GraphModule) -> Text:
+    """Where the generated code of a graph module is, and what it computes."""
+    file = type(module).forward.__code__.co_filename
+    return Text(file, dict(_statements(file, {node.name: node for node in module.graph.nodes})))
+
+
+def _statements(file: str, named: dict[str, fx.Node]) -> Iterator[tuple[int, fx.Node]]:
+    for statement in ast.walk(sources.tree(file)):
+        if isinstance(statement, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
+            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+            target = targets[0]
+            clears = isinstance(statement.value, ast.Constant) and statement.value.value is None
+            if isinstance(target, ast.Name) and target.id in named and not clears:
+                for line in range(statement.lineno, (statement.end_lineno or statement.lineno) + 1):
+                    yield line, named[target.id]
+
+
+def graph_modules(model: nn.Module) -> dict[str, fx.GraphModule]:
+    """The graph modules in a model that run code of their own graph, by path."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, fx.GraphModule) and "forward" not in module.__dict__
+    }
+
+
+def is_flat(module: nn.Module | None) -> bool:
+    """Whether nothing is known of the modules that a graph module was traced from (`make_fx`)."""
+    return isinstance(module, fx.GraphModule) and not any(
+        node.meta.get("nn_module_stack") for node in module.graph.nodes
+    )
+
+
+def unflattened(trace: Trace) -> Trace:
+    """The trace with the module executions that graph modules among the traced ones were flattened from."""
+    if trace.model is None:
+        return trace
+    same: dict[Span, Span] = {}
+    calls = list(trace.calls)
+    for path, module in graph_modules(trace.model).items():
+        for call in [call for call in trace.calls if call.module is module]:
+            calls += _Unflattening(trace, call, path, module).carry_out(same)
+    if not same:
+        return trace
+    return dataclasses.replace(trace, calls=tuple(calls), generated=same)
+
+
+class _Level(NamedTuple):
+    """One entry of a node's module stack."""
+
+    key: str
+    path: str
+    cls: str
+    facts: facts.Facts
+
+
+class _Unflattening:
+    """One execution of one graph module."""
+
+    def __init__(self, trace: Trace, call: Call, path: str, module: fx.GraphModule) -> None:
+        self.trace = trace
+        self.call = call
+        self.path = path
+        self.module = module
+        self.text = text_of(module)
+        self.made: dict[tuple[str, ...], Call] = {}
+        self.adds: dict[Call, int] = {}
+        self.first: dict[tuple[str, int], Span] = {}
+
+    def carry_out(self, same: dict[Span, Span]) -> Iterable[Call]:
+        """Move every node and call of the generated code below a call of its own module; give the new calls."""
+        for call in self.trace.calls:
+            if call.parent is self.call and (node := self._source(call.frames)) is not None:
+                call.parent, call.frames = self._placed(node, call.frames, str(node.target))
+        for node in self.trace.graph.nodes:
+            here = origin(node)
+            source = self._source(here.frames) if here.call is self.call else None
+            if source is None:
+                continue
+            leaf = str(source.target) if source.op == "call_module" else ""
+            call, frames = self._placed(source, here.frames, leaf)
+            node.meta["origin"] = dataclasses.replace(here, call=call, frames=frames)
+            span = frames[0].span
+            same.setdefault(span, self._canonical(call, here, span))
+        self._connect()
+        return self.made.values()
+
+    def _source(self, frames: tuple[Frame, ...]) -> fx.Node | None:
+        """The graph's node that a frame of the generated code computes."""
+        return self.text.node(frames[-1].span) if frames else None
+
+    def _placed(self, node: fx.Node, frames: tuple[Frame, ...], leaf: str) -> tuple[Call, tuple[Frame, ...]]:
+        """The module execution around a node, and frames that say so."""
+        levels = [level for level in _stack(node) if level.path != leaf or not leaf]
+        call = self.call
+        for depth, level in enumerate(levels, 1):
+            key = tuple(one.key for one in levels[:depth])
+            if key not in self.made:
+                path = ".".join(part for part in (self.path, level.path) if part)
+                around = (*frames[:-1], self._frame(frames[-1], call))
+                self.made[key] = Call(path, level.cls, level.facts, call, around, self._module(path))
+            call = self.made[key]
+        return call, (*frames[:-1], self._frame(frames[-1], call))
+
+    def _frame(self, frame: Frame, call: Call) -> Frame:
+        """The frame as one of a method of the call's module, or of the nearest around it that is still there."""
+        while call.module is None and call.parent is not None:
+            call = call.parent
+        return Frame(
+            Place(frame.place.module, f"{call.cls}.forward", frame.place.file, frame.place.line), frame.span, call.path
+        )
+
+    def _module(self, path: str) -> nn.Module | None:
+        assert self.trace.model is not None
+        try:
+            return self.trace.model.get_submodule(path)
+        except AttributeError:
+            return None
+
+    def _canonical(self, call: Call, here: Origin, span: Span) -> Span:
+        """The span that stands for the same add of other executions of the class, by its number among the adds."""
+        if here.facts.type not in _ADDS:
+            return span
+        number = self.adds[call] = self.adds.get(call, 0) + 1
+        return self.first.setdefault((call.cls, number), span)
+
+    def _connect(self) -> None:
+        """Find the inputs and outputs of the new calls."""
+        new = set(self.made.values())
+        returned = set(self.call.outputs)
+        for node in self.trace.graph.nodes:
+            around = _around(node, new)
+            for source in node.all_input_nodes:
+                if source.op != "get_attr":
+                    for call in around - _around(source, new):
+                        _enter(call.inputs, source)
+            for call in around:
+                if node in returned or any(
+                    call not in _around(user, new) for user in node.users if user.op != "output"
+                ):
+                    _enter(call.outputs, node)
+
+
+_ADDS = frozenset({"add", "sub", "rsub", "addcmul", "lerp"})
+
+
+def _enter(nodes: list[fx.Node], node: fx.Node) -> None:
+    if node not in nodes and node.op != "get_attr":
+        nodes.append(node)
+
+
+def _around(node: fx.Node, new: set[Call]) -> set[Call]:
+    """The new calls that a node is in."""
+    found: set[Call] = set()
+    call: Call | None = origin(node).call
+    while call is not None:
+        if call in new:
+            found.add(call)
+        call = call.parent
+    return found
+
+
+def _stack(node: fx.Node) -> Iterator[_Level]:
+    """The modules that a node was traced in, outermost first, without the root."""
+    for key, entry in (node.meta.get("nn_module_stack") or {}).items():
+        path, cls = entry if isinstance(entry, tuple) else ("", entry)
+        if path:
+            name = cls.rpartition(".")[2] if isinstance(cls, str) else cls.__qualname__
+            yield _Level(str(key), str(path), name, _facts(cls))
+
+
+def _facts(cls: Any) -> facts.Facts:
+    if isinstance(cls, str):
+        module, _, name = cls.rpartition(".")
+        cls = getattr(sys.modules.get(module), name, None)
+    return facts.of_class(cls) if isinstance(cls, type) and issubclass(cls, nn.Module) else facts.Facts()

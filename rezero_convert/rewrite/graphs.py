@@ -1,0 +1,218 @@
+"""Carry a Plan out on the graph of a `torch.fx.GraphModule`: the same edits as in text, on nodes."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import operator
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._ops import OpOverload
+
+from .. import sources
+from ..capture.graphs import graph_modules, text_of
+from ..errors import ConversionError
+from ..plan import Gate, Norm, Operand, Place, Site
+from .changes import RECORDS
+
+Home = Callable[[Place, str], str | None]
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def homes(model: nn.Module) -> Home:
+    """What gives, for a place in generated code and a module path, the path of the graph module whose code that is.
+
+    None for any other text. The code of a copy of the module counts as the module's.
+    """
+    modules = graph_modules(model)
+
+    @functools.cache
+    def of_file(file: str) -> tuple[str, ...]:
+        own = {path: text_of(module).file for path, module in modules.items()}
+        text = sources.text(file) if sources.has_text(file) else None
+        return tuple(path for path, mine in own.items() if file == mine or (text and text == sources.text(mine)))
+
+    def home(place: Place, path: str) -> str | None:
+        found = of_file(place.file) if modules else ()
+        return max((at for at in found if not at or f"{path}.".startswith(f"{at}.")), key=len, default=None)
+
+    return home
+
+
+def edited(model: nn.Module, path: str, module: fx.GraphModule, sites: Iterable[Site]) -> fx.Graph:
+    """A copy of a graph module's graph with the edits of `sites`; the module is not changed.
+
+    Args:
+        model: the whole model.
+        path: of the graph module in the model.
+        module: the graph module.
+        sites: with the gates, norms and activations whose code is the module's own.
+
+    Raises:
+        ConversionError: a node that is to be edited is not there.
+    """
+    return _Editor(model, path, module).carry_out(list(sites))
+
+
+class _Editor:
+    """The editing of one graph."""
+
+    def __init__(self, model: nn.Module, path: str, module: fx.GraphModule) -> None:
+        self.model = model
+        self.path = path
+        self.graph: fx.Graph = copy.deepcopy(module.graph)
+        self.named = {node.name: node for node in self.graph.nodes}
+        self.inputs = {str(node.target): node for node in self.graph.nodes if node.op == "placeholder"}
+        self.lines = {line: self.named[node.name] for line, node in text_of(module).nodes.items()}
+        self.replaced: dict[fx.Node, fx.Node] = {}
+
+    def carry_out(self, sites: list[Site]) -> fx.Graph:
+        for site in sites:
+            for gate in site.gates:
+                if gate.at is not None:
+                    self.gate(site, gate, gate.at)
+            if site.activation is not None and site.activation.action == "move":
+                self.drop(self.node(site.activation.at), self.value(site.activation.at))
+        for norm in dict.fromkeys(norm for site in sites for norm in site.norms):
+            assert norm.at is not None
+            self.bypass(norm, norm.at)
+        self.clean()
+        return self.graph
+
+    def node(self, at: Operand) -> fx.Node:
+        node: fx.Node | None = self.lines.get(at.span.line)
+        if node is None:
+            raise ConversionError(f"{at.span}: the graph of {self.path or 'the model'} has no node for this line")
+        return node
+
+    def value(self, at: Operand) -> fx.Node:
+        """The node of an operand."""
+        node = self.node(at)
+        found = node.kwargs.get(at.index) if isinstance(at.index, str) else node.args[at.index]
+        if isinstance(at.index, str) and found is None:
+            found = self.named.get(at.index) or self.inputs.get(at.index)
+        if not isinstance(found, fx.Node):
+            raise ConversionError(f"{at.span}: {node.format_node()} has no operand {at.index}")
+        return found
+
+    def gate(self, site: Site, gate: Gate, at: Operand) -> None:
+        """Scale an operand, with the activation of the sum on it if that moves."""
+        node, branch = self.node(at), self.value(at)
+        moved = site.activation if site.activation is not None and site.activation.action == "move" else None
+        with self.graph.inserting_before(node):
+            scaled = branch
+            if moved is not None:
+                active = self.node(moved.at)
+                whole = self.value(moved.at)
+                scaled = self.graph.node_copy(active, lambda one: branch if one is whole else one)
+            if not gate.existing:
+                relative = site.path.removeprefix(self.path).lstrip(".")
+                scaled = self.scaled(node, scaled, f"{relative}.{gate.alpha}" if relative else gate.alpha)
+        if isinstance(at.index, str):
+            node.update_kwarg(at.index, scaled)
+        else:
+            node.update_arg(at.index, scaled)
+
+    def scaled(self, node: fx.Node, branch: fx.Node, alpha: str) -> fx.Node:
+        """`alpha * branch`, in the branch's dtype; `node` is the sum."""
+        aten = isinstance(node.target, OpOverload)
+        dtype = _dtype(branch)
+        made = [self.graph.get_attr(alpha)]
+        if dtype in _HALF:
+            made.append(self._cast(made[-1], torch.float32, aten))
+        made.append(self.graph.call_function(torch.ops.aten.mul.Tensor if aten else operator.mul, (made[-1], branch)))
+        if dtype in _HALF:
+            made.append(self._cast(made[-1], dtype, aten))
+        for one in made:
+            one.meta.update({key: node.meta[key] for key in _PLACE if key in node.meta})
+        for one in made[-1:] if dtype not in _HALF else made[-2:]:
+            one.meta.update({key: branch.meta[key] for key in _VALUE if key in branch.meta})
+        return made[-1]
+
+    def _cast(self, node: fx.Node, dtype: torch.dtype, aten: bool) -> fx.Node:
+        if aten:
+            return self.graph.call_function(torch.ops.aten.to.dtype, (node, dtype))
+        return self.graph.call_method("to", (node, dtype))
+
+    def bypass(self, norm: Norm, at: Operand) -> None:
+        """Give the readers of a norm what it normalizes."""
+        node, entry = self.node(at), self.value(at)
+        results = [user for user in node.users if user.target is operator.getitem and user.args[1] == 0]
+        for one in results or [node]:
+            self.drop(one, entry)
+
+    def drop(self, node: fx.Node, instead: fx.Node) -> None:
+        while instead in self.replaced:
+            instead = self.replaced[instead]
+        node.replace_all_uses_with(instead)
+        self.replaced[node] = instead
+
+    def clean(self) -> None:
+        """Erase what went, and what only it had needed."""
+        waiting = list(self.replaced)
+        while waiting:
+            node = waiting.pop()
+            if node.users or node.op in ("placeholder", "output") or node not in self.graph.nodes:
+                continue
+            sources_of = node.all_input_nodes
+            self.graph.erase_node(node)
+            waiting += sources_of
+        self.graph.lint()
+
+
+_PLACE = ("nn_module_stack", "stack_trace", "source_fn_stack")
+_VALUE = ("val", "tensor_meta", "example_value")
+
+
+def _dtype(node: fx.Node) -> torch.dtype | None:
+    """The dtype of a node's value, where an earlier pass has noted it."""
+    for key in _VALUE:
+        dtype = getattr(node.meta.get(key), "dtype", None)
+        if isinstance(dtype, torch.dtype):
+            return dtype
+    return None
+
+
+def remember(undo: ExitStack, module: fx.GraphModule) -> None:
+    """Have copies and pickles of a converted graph module keep its records: torch.fx makes its children anew."""
+    cls: Any = type(module)  # each graph module has a class of its own
+    for name, value in (("__deepcopy__", _deepcopy), ("__reduce__", _reduce)):
+        if name in cls.__dict__:
+            undo.callback(setattr, cls, name, cls.__dict__[name])
+        else:
+            undo.callback(delattr, cls, name)
+        setattr(cls, name, value)
+
+
+def _records(module: nn.Module) -> dict[str, dict[str, Any]]:
+    found = {
+        path: {key: one.__dict__[key] for key in RECORDS if key in one.__dict__} for path, one in module.named_modules()
+    }
+    return {path: records for path, records in found.items() if records}
+
+
+def _with_records(module: fx.GraphModule, records: dict[str, dict[str, Any]]) -> fx.GraphModule:
+    for path, own in records.items():
+        module.get_submodule(path).__dict__.update(own)
+    with ExitStack() as undo:
+        remember(undo, module)
+        undo.pop_all()
+    return module
+
+
+def _deepcopy(self: fx.GraphModule, memo: dict[int, Any]) -> fx.GraphModule:
+    made = fx.GraphModule.__deepcopy__(self, memo)
+    return _with_records(made, copy.deepcopy(_records(self), memo))
+
+
+def _reduce(self: fx.GraphModule) -> tuple[Any, ...]:
+    return _revived, (fx.GraphModule.__reduce__(self), _records(self))
+
+
+def _revived(reduced: tuple[Any, ...], records: dict[str, dict[str, Any]]) -> fx.GraphModule:
+    make, args = reduced
+    return _with_records(make(*args), records)

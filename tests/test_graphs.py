@@ -1,0 +1,390 @@
+"""Graph modules: symbolic_trace, torch.export, make_fx; the same blocks as in the model itself, and the pass."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.fx.passes.infra.pass_manager import PassManager
+from torch.fx.passes.shape_prop import ShapeProp
+from zoo import Block, stack
+
+import rezero_convert as rz
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # torch.export's own
+
+Door = Callable[[nn.Module, Tensor], nn.Module]
+
+DOORS: dict[str, Door] = {
+    "symbolic_trace": lambda model, x: fx.symbolic_trace(model),
+    "export": lambda model, x: torch.export.export(model, (x,)).module(),
+    "non-strict export": lambda model, x: torch.export.export(model, (x,), strict=False).module(),
+    "decomposed": lambda model, x: torch.export.export(model, (x,)).run_decompositions().module(),
+    "make_fx": lambda model, x: make_fx(model)(x),
+}
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return self.out(F.scaled_dot_product_attention(q, k, v))
+
+
+class Layer(nn.Module):
+    """Pre-norm."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = Attention(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Basic(nn.Module):
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, out, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out)
+        self.conv2 = nn.Conv2d(out, out, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = nn.Conv2d(width, out, 1) if out != width else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = x if self.downsample is None else self.downsample(x)
+        out = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        out += skip
+        return self.relu(out)
+
+
+def transformer() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 16), Layer(16), Layer(16), nn.LayerNorm(16))
+
+
+def resnet() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3), Basic(8, 8), Basic(8, 16), Basic(16, 16))
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "transformer": (transformer, lambda: torch.randn(2, 5, 8)),
+    "resnet": (resnet, lambda: torch.randn(2, 3, 8, 8)),
+}
+
+
+def made(model: str, door: str) -> tuple[nn.Module, nn.Module, Tensor]:
+    torch.manual_seed(0)
+    make, inputs = MODELS[model]
+    original, x = make().eval(), inputs()
+    return original, DOORS[door](copy.deepcopy(original), x), x
+
+
+def names(model: nn.Module) -> list[str]:
+    return sorted(name for name, _ in rz.alphas(model))
+
+
+def randomise(*models: nn.Module) -> None:
+    """The same random gates, by their names."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name in names(models[0]):
+            value = torch.rand((), generator=generator) + 0.5
+            for model in models:
+                dict(rz.alphas(model))[name].fill_(float(value))
+
+
+# --- what is refused ---
+
+
+def test_a_pass_takes_graph_modules_only() -> None:
+    with pytest.raises(rz.ConversionError, match="takes a GraphModule, got a Sequential"):
+        rz.ReZeroPass()(transformer())  # type: ignore[arg-type]
+
+
+def test_a_broken_graph_is_refused() -> None:
+    traced = fx.symbolic_trace(transformer())
+    traced.delete_submodule("0")
+    with pytest.raises(rz.ConversionError, match="is broken"):
+        rz.ReZeroPass(torch.randn(2, 5, 8))(traced)
+
+
+def test_the_pass_fails_where_a_gate_is_read_by_no_node() -> None:
+    traced = rz.convert(fx.symbolic_trace(transformer()), torch.randn(2, 5, 8))
+    assert isinstance(traced, fx.GraphModule)
+    rz.ReZeroPass().ensures(traced)
+    for node in list(traced.graph.nodes):
+        if node.op == "get_attr" and "alpha" in str(node.target):
+            (product,) = node.users
+            product.replace_all_uses_with(product.args[1])
+    traced.graph.eliminate_dead_code()
+    traced.recompile()
+    with pytest.raises(rz.ConversionError, match=r"no node of the graph reads the gate 1\.alpha_attn"):
+        rz.ReZeroPass().ensures(traced)
+
+
+# --- every door ---
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("model", MODELS)
+def test_preserve_is_bit_identical(model: str, door: str) -> None:
+    _, traced, x = made(model, door)
+    expected = traced(x)
+    converted = rz.convert(traced, x, alpha_init="preserve", verify=False)
+    assert len(names(converted)) == {"transformer": 4, "resnet": 3}[model]
+    assert torch.equal(converted(x), expected)
+    randomise(converted)
+    assert not torch.allclose(converted(x), expected)
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("model", MODELS)
+def test_the_conversion_holds_and_the_given_graph_stays(model: str, door: str) -> None:
+    _, traced, x = made(model, door)
+    assert isinstance(traced, fx.GraphModule)
+    code, keys = traced.code, list(traced.state_dict())
+    converted = rz.convert(traced, x)
+    assert isinstance(converted, fx.GraphModule)
+    assert (traced.code, list(traced.state_dict())) == (code, keys)
+    converted.graph.lint()
+    assert rz.validate(converted, x).ok
+    assert not any(site.verdict == "converted" for site in rz.audit(converted, x).plan.sites)
+
+
+@pytest.mark.parametrize("door", [door for door in DOORS if door != "make_fx"])
+@pytest.mark.parametrize("model", MODELS)
+def test_it_agrees_with_the_module_route(model: str, door: str) -> None:
+    original, traced, x = made(model, door)
+    module, graph = rz.convert(original, x), rz.convert(traced, x)
+    assert names(graph) == names(module)
+    assert set(graph.state_dict()) == set(module.state_dict())
+    randomise(module, graph)
+    gradients = []
+    for one in (module, graph):
+        out = one(x)
+        out.square().sum().backward()
+        gradients.append((out.detach(), {name: p.grad for name, p in one.named_parameters()}))
+    (out, ours), (again, theirs) = gradients
+    torch.testing.assert_close(again, out)
+    for name, gradient in ours.items():
+        torch.testing.assert_close(theirs[name], gradient, msg=name)
+
+
+@pytest.mark.parametrize("door", ["symbolic_trace", "export", "make_fx"])
+def test_unconvert_gives_the_graph_back(door: str) -> None:
+    _, traced, x = made("resnet", door)
+    converted = rz.convert(traced, x, alpha_init="preserve")
+    back = rz.unconvert(converted)
+    assert isinstance(back, fx.GraphModule)
+    assert isinstance(traced, fx.GraphModule)
+    assert back.code == traced.code
+    assert list(back.state_dict()) == list(traced.state_dict())
+
+
+def test_copies_and_pickles_keep_the_record() -> None:
+    _, traced, x = made("transformer", "symbolic_trace")
+    converted = rz.convert(traced, x)
+    randomise(converted)
+    for again in (copy.deepcopy(converted), pickle.loads(pickle.dumps(converted))):
+        assert names(again) == names(converted)
+        assert torch.equal(again(x), converted(x))
+        assert len(rz.audit(again).plan.converted) == 4
+
+
+def test_a_graph_without_inputs_is_traced_or_run_on_noted_shapes() -> None:
+    _, traced, x = made("transformer", "symbolic_trace")
+    assert rz.audit(traced).plan.route == "symbolic"
+    assert len(names(rz.convert(traced))) == 4
+    ShapeProp(traced).propagate(x)
+    assert rz.audit(traced).plan.route.startswith("recorded")
+    _, exported, _ = made("transformer", "export")
+    assert rz.audit(exported).plan.route.startswith("recorded")
+
+
+def test_a_graph_module_inside_a_model_and_a_model_inside_a_graph() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = fx.symbolic_trace(nn.Sequential(Layer(8), Layer(8)))
+            self.block = Block(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.block(self.backbone(x))
+
+    x = torch.randn(2, 5, 8)
+    converted = rz.convert(Outer(), x)
+    assert names(converted) == [
+        *(f"backbone.{i}.alpha_{part}" for i in (0, 1) for part in ("attn", "mlp")),
+        "block.alpha",
+    ]
+    assert torch.equal(converted.eval()(x), x)
+
+    class Leaves(fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+            return isinstance(m, Layer) or super().is_leaf_module(m, module_qualified_name)
+
+    model = transformer()
+    leafy = fx.GraphModule(model, Leaves().trace(model))
+    converted = rz.convert(leafy, x)
+    assert names(converted) == names(rz.convert(model, x))
+    assert rz.validate(converted, x).ok
+
+
+# --- the pass ---
+
+
+def test_it_composes_with_other_passes() -> None:
+    _, traced, x = made("resnet", "symbolic_trace")
+    assert isinstance(traced, fx.GraphModule)
+
+    class Shapes(PassBase):
+        def call(self, graph_module: fx.GraphModule) -> PassResult:
+            ShapeProp(graph_module).propagate(x)
+            return PassResult(graph_module, False)
+
+    with warnings.catch_warnings():  # torch's own, at import
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from torch.fx.experimental.optimization import fuse
+
+    class Fuse(PassBase):
+        def call(self, graph_module: fx.GraphModule) -> PassResult:
+            return PassResult(fuse(graph_module), True)
+
+    manager = PassManager([Shapes(), rz.ReZeroPass(alpha_init=0.5), Fuse()])
+    result = manager(traced)
+    assert result.modified
+    expected = rz.convert(traced, x, alpha_init=0.5, verify=False).eval()(x)
+    torch.testing.assert_close(result.graph_module(x), expected)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in result.graph_module.modules())
+
+
+def test_modified_and_inplace() -> None:
+    _, traced, x = made("transformer", "symbolic_trace")
+    assert isinstance(traced, fx.GraphModule)
+    first = rz.ReZeroPass(x)(traced)
+    assert first.modified
+    assert first.graph_module is not traced
+    assert not rz.ReZeroPass(x)(first.graph_module).modified
+    assert rz.ReZeroPass(x, inplace=True)(traced).graph_module is traced
+    assert len(names(traced)) == 4
+
+
+def test_annotating_changes_nothing_else() -> None:
+    _, traced, x = made("transformer", "symbolic_trace")
+    assert isinstance(traced, fx.GraphModule)
+    code = traced.code
+    result = rz.ReZeroPass(x, annotate_only=True)(traced)
+    assert not result.modified
+    assert traced.code == code
+    found = [node.meta["rezero"] for node in traced.graph.nodes if "rezero" in node.meta]
+    assert [(one["verdict"], one["path"], one["alphas"]) for one in found] == [
+        ("converted", path, (alpha,)) for path in ("1", "2") for alpha in ("alpha_attn", "alpha_mlp")
+    ]
+
+
+def test_metadata_is_kept_and_set_on_new_nodes() -> None:
+    _, exported, x = made("transformer", "export")
+    converted = rz.convert(exported, x)
+    assert isinstance(converted, fx.GraphModule)
+    products = [node for node in converted.graph.nodes if node.target is torch.ops.aten.mul.Tensor]
+    assert len(products) == 4
+    for node in products:
+        assert node.meta["val"].shape == (2, 5, 16)
+        assert node.meta["nn_module_stack"]
+        assert node.stack_trace
+    assert sum("layer_norm" in str(node.target) for node in converted.graph.nodes) == 1  # the head's
+
+
+# --- graphs that are hard ---
+
+
+class Chain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(8, 8)
+        self.b = nn.Linear(8, 8)
+        self.block = Block(8)
+
+
+class CalledTwice(Chain):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.block(x))
+
+
+class TwoOnALine(Chain):
+    def forward(self, x: Tensor) -> Tensor:
+        return (y := x + self.a(x)) + self.b(y)
+
+
+class InPlace(Chain):
+    def forward(self, x: Tensor) -> Tensor:
+        branch = self.a(x)
+        return x.clone().add_(branch)
+
+
+class WithItself(Chain):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x + x)
+
+
+class Dead(Chain):
+    def forward(self, x: Tensor) -> Tensor:
+        x + self.a(x)
+        return self.block(x)
+
+
+@pytest.mark.parametrize(
+    ("cls", "expected"),
+    [
+        (CalledTwice, ["block.alpha"]),
+        (TwoOnALine, ["alpha_a", "alpha_b"]),
+        (InPlace, ["alpha"]),
+        (WithItself, ["block.alpha"]),
+        (Dead, ["block.alpha"]),
+    ],
+)
+@pytest.mark.parametrize("door", ["symbolic_trace", "export"])
+def test_hard_graphs(cls: type[Chain], expected: list[str], door: str) -> None:
+    torch.manual_seed(0)
+    model, x = cls(), torch.randn(2, 8)
+    traced = DOORS[door](copy.deepcopy(model), x)
+    module, graph = rz.convert(model, x, verify=False), rz.convert(traced, x)
+    assert names(graph) == names(module)
+    assert set(expected) <= set(names(graph))
+    assert rz.validate(graph, x).ok
+    randomise(module, graph)
+    torch.testing.assert_close(graph(x), module(x))
+
+
+def test_half_precision_streams_keep_their_dtype() -> None:
+    model = transformer().to(torch.bfloat16)
+    x = torch.randn(2, 5, 8, dtype=torch.bfloat16)
+    converted = rz.convert(torch.export.export(model, (x,)).module(), x)
+    assert converted(x).dtype is torch.bfloat16
+    assert {alpha.dtype for _, alpha in rz.alphas(converted)} == {torch.bfloat16}
+
+
+@pytest.mark.slow
+def test_a_graph_of_a_hundred_thousand_nodes() -> None:
+    blocks = 25_000
+    traced = fx.symbolic_trace(stack(depth=blocks, width=2))
+    assert len(traced.graph.nodes) > 50_000
+    report = rz.audit(traced, torch.randn(1, 8))
+    assert len(report.plan.converted) == blocks
