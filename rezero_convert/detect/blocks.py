@@ -23,6 +23,7 @@ _NONLINEAR_NAMES = frozenset(
 )
 _SPLITS = frozenset({"split", "chunk", "unbind", "tensor_split"})
 _PARTS = frozenset({"getitem", "narrow", "select", "slice"})
+_COPIES = frozenset({"clone", "contiguous", "to", "type_as", "float", "double", "half", "bfloat16", "Identity"})
 _LINEAR_KINDS = frozenset({"linear", "norm", "pool", "pad", "layout", "dropout"})
 _REDUCTIONS = frozenset({"amax", "max", "mean"})  # over windows that a change of layout made: a pool, written out
 
@@ -269,7 +270,7 @@ def _judge(
             return Refusal(whole, "RZ902", f"no linear or convolution weight between the skip and {what}", 1)
         if _is_beside(flow, skip, branch.term.value):
             return Refusal(whole, "RZ904", f"{describe(flow, skip)} is added to a stream that does not begin there", 2)
-    if not path:
+    if all(flow.name(node) in _COPIES for node in path):
         return _same_shape(flow, whole, shortcut, skip, branches)
     return _projection(flow, whole, shortcut, skip, path, branches)
 

@@ -87,7 +87,7 @@ def _examined(record: Record, made: Made) -> Record:
             ("idempotence", lambda: _twice(converted, inputs)),
             ("pickle", lambda: _pickled(converted, made)),
         ]
-    if made.real and plan.converted:
+    if record.kind == "numbers" and plan.converted:
         checks.append(("preserve", lambda: _preserved(model, inputs)))
     for title, check in checks:
         try:

@@ -95,36 +95,32 @@ def attempts(name: str) -> Iterator[Attempt]:
 def shrunk(cls: Any, rules: Rules, depth: int, start: Any = None) -> Any:
     """A configuration with its integers cut by rules, and its layers to `depth` of as many kinds as there are."""
     default = cls() if start is None else start
-    values = {field.name: vars(default).get(field.name) for field in dataclasses.fields(cls)}
     if not depth:
         return default
-    heads = values.get("num_attention_heads")
+    values = {field.name: vars(default).get(field.name) for field in dataclasses.fields(cls)}
+    limits = {name: depth if re.search(DEPTH, name) else _limit(name, values, rules) for name in values}
+    layers = {value for name, value in values.items() if type(value) is int and re.search(DEPTH, name)}
     changed: dict[str, Any] = {}
-    deep = set()
-    tokens = 3
     for name, value in values.items():
+        limit = limits[name]
         if hasattr(value, "model_type") and dataclasses.is_dataclass(value):
             changed[name] = shrunk(type(value), rules, depth, value)
-        elif type(value) is int and re.search(DEPTH, name) and value > depth:
-            changed[name] = depth
-            deep.add(value)
-        elif name == "vocab_size" and value is None:  # of a CTC head
-            changed[name] = 128
-        elif type(value) is int and value >= 128 and re.search(r"token_(id|index)$", name):
-            changed[name] = tokens = tokens + 1
-        elif type(value) is int:
-            limit = next((to for pattern, to in rules if re.search(pattern, name)), None)
-            if limit == 2 and value == heads and "head" in name:
-                limit = 4  # as many as there are query heads
-            if limit is not None and value > limit:
-                changed[name] = limit
-    for name, value in values.items():
-        if isinstance(value, (list, tuple)) and len(value) in deep:
+        elif isinstance(value, (list, tuple)) and len(value) > depth and len(value) in layers:
             changed[name] = type(value)(_few(value, depth))
+        elif type(value) is int and value >= 128 and re.search(r"token_(id|index)$", name):
+            changed[name] = 4 + len(changed)
+        elif (limit is not None and type(value) is int and value > limit) or (name == "vocab_size" and value is None):
+            changed[name] = limit  # None: of a CTC head
     config = cls(**(changed | EXCEPTIONS.get(cls.__name__, {})))
     if getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = 0
     return config
+
+
+def _limit(name: str, values: dict[str, Any], rules: Rules) -> int | None:
+    limit = next((to for pattern, to in rules if re.search(pattern, name)), None)
+    as_many = "head" in name and values[name] == values.get("num_attention_heads")
+    return 4 if limit == 2 and as_many else limit  # key and value heads, as many as there are query heads
 
 
 def _few(values: Any, number: int) -> list[Any]:

@@ -47,8 +47,8 @@ class Attempt:
     note: str = ""
 
 
-def first_that_runs(attempts: Iterable[Attempt], device: str) -> Made:
-    """The first attempt that can be built on a device and then runs.
+def first_that_runs(attempts: Iterable[Attempt], device: str, built_on: str | None = None) -> Made:
+    """The first attempt that can be built and then runs on a device.
 
     Raises:
         NotRunnable: none does; gives all errors.
@@ -58,8 +58,8 @@ def first_that_runs(attempts: Iterable[Attempt], device: str) -> Made:
         try:
             if device != "meta":
                 _check_size(attempt)
-            with torch.device(device):
-                model = attempt.build().eval()
+            with torch.device(built_on or device):
+                model = attempt.build().eval().to(device)
         except Exception as error:  # whatever a model raises
             why[_told(attempt, error)] = None
             continue
@@ -91,9 +91,11 @@ def _check_size(attempt: Attempt) -> None:
 
 
 def structural(attempts: Iterable[Attempt]) -> Made:
-    """A model on the meta device, or where it does not run there, with numbers."""
+    """A model on the meta device; where it cannot be built there, moved to it; where it does not run, with numbers."""
     listed = tuple(attempts)
-    try:
-        return first_that_runs(listed, "meta")
-    except NotRunnable:
-        return first_that_runs(listed, "cpu")
+    for device, built_on in (("meta", "meta"), ("meta", "cpu")):
+        try:
+            return first_that_runs(listed, device, built_on)
+        except NotRunnable:
+            continue
+    return first_that_runs(listed, "cpu")

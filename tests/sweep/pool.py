@@ -74,7 +74,7 @@ def _result(worker: _Worker, timeout: float) -> Record | None:
             record = worker.pipe.recv()
             assert isinstance(record, Record)
             return record
-        except EOFError:
+        except (EOFError, OSError):
             worker.process.join()
             return Record(*worker.task, "failed", (f"crash: exit code {worker.process.exitcode}",), seconds=took)
     if took < timeout:
