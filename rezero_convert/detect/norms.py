@@ -55,6 +55,7 @@ def _decide(flow: Flow, node: int, position: Position, readers: list[int], optio
     if generated:
         at = _in_graph(flow, node)
     norm = Norm(path, facts.type, kind, position, "keep", "", at=at)
+    bias = _bias(flow, node, path) if position in ("inside", "end") else ""
     if kind not in options.drop_norm:
         return _with(norm, "keep", f"{kind}-type norms stay")
     if readers:
@@ -70,12 +71,12 @@ def _decide(flow: Flow, node: int, position: Position, readers: list[int], optio
     attribute = code.callee(frame.place, frame.span) if frame is not None else None
     owned = attribute is not None and frame is not None and _same(flow, frame.owner, attribute, path)
     if facts.fused:
-        return _with(norm, "unfuse", f"{kind}-type norm dropped, its activation stays", bias=_bias(flow, node, path))
+        return _with(norm, "unfuse", f"{kind}-type norm dropped, its activation stays", bias=bias)
     if generated:
-        return _with(norm, "bypass", f"{kind}-type norm dropped", "", _bias(flow, node, path))
+        return _with(norm, "bypass", f"{kind}-type norm dropped", "", bias)
     if owned and attribute is not None:
-        return _with(norm, "bypass", f"{kind}-type norm dropped", attribute, _bias(flow, node, path))
-    return _with(norm, "slot", f"{kind}-type norm dropped", "", _bias(flow, node, path))
+        return _with(norm, "bypass", f"{kind}-type norm dropped", attribute, bias)
+    return _with(norm, "slot", f"{kind}-type norm dropped", "", bias)
 
 
 def _is_hooked(flow: Flow, path: str) -> bool:
