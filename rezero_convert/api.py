@@ -143,10 +143,14 @@ def convert_source(
         **options: as for `convert`.
 
     Raises:
-        ConversionError: the text has a syntax error, or the model cannot be captured.
+        ConversionError: the text has a syntax error, the model cannot be captured, or the rewritten text does not
+            compile or would be changed by a second run.
     """
-    plan = _source_plan(text, file, model, example_inputs, make_options(**options))
+    settings = make_options(**options)
+    plan = _source_plan(text, file, model, example_inputs, settings)
     plan, made = file_plan.carried_out(text, plan, file)
+    if made.text != text:
+        file_plan.recheck(text, made.text, file, settings, again=model is None)
     return SourceResult(made.text, Report(plan, title=file), made.notes)
 
 

@@ -12,7 +12,7 @@ CODES: dict[str, str] = {
     "RZ131": "interior: inside another block's branch",
     "RZ140": "not executed: in a method that ran, on a path that did not",
     "RZ141": "hidden: ran outside Python, seen in the dispatcher only",
-    "RZ900": "excluded by a pattern",
+    "RZ900": "left out by a pattern, or by a comment `# rezero: skip`",
     "RZ901": "the operands are independent of each other",
     "RZ902": "the branch holds no linear or convolution weight",
     "RZ903": "parallel linear paths, no skip among them",

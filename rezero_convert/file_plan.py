@@ -202,6 +202,32 @@ def carried_out(text: str, plan: Plan, file: str) -> tuple[Plan, source.Rewritte
     return plan, source.rewrite(text, plan, file)
 
 
+def recheck(before: str, after: str, file: str, options: Options, *, again: bool) -> None:
+    """Check a rewritten text before anybody uses it.
+
+    Args:
+        again: whether a second run must change nothing (the text alone had decided).
+
+    Raises:
+        ConversionError: it does not compile, or a second run would change it.
+    """
+    try:
+        compile(after, file, "exec", dont_inherit=True)
+    except (SyntaxError, ValueError) as error:
+        line = getattr(error, "lineno", None)
+        raise ConversionError(f"{file}: the rewritten text does not compile: line {line}: {error}") from error
+    if not again:
+        return
+    try:
+        _, second = carried_out(after, written(after, file, options), file)
+    finally:
+        sources.register(file, before)
+    if second.text != after:
+        rows = zip(after.split("\n"), second.text.split("\n"), strict=False)
+        line = next((number for number, (one, other) in enumerate(rows, 1) if one != other), after.count("\n") + 1)
+        raise ConversionError(f"{file}: a second run would change the rewritten text again, at its line {line}")
+
+
 _REFUSED: dict[str, Any] = {
     "verdict": "refused", "code": "RZ912", "gates": (), "norms": (), "activation": None, "repairs": (), "form": ""
 }  # fmt: skip

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ast
 import inspect
+import io
+import re
+import tokenize
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -12,6 +15,7 @@ from ..capture.facts import operation
 from ..errors import ConversionError
 from ..plan import Operand, Place, Span
 
+_SKIP = re.compile(r"#\s*rezero:\s*skip\b")
 _ADD_CALLS = frozenset({"add", "sub", "addcmul", "lerp", "scatter_add", "index_add", "index_put"})
 
 
@@ -43,6 +47,28 @@ def expression(span: Span) -> ast.AST | None:
         return sources.expression(span)
     except ConversionError:
         return None
+
+
+def skip_comment(span: Span, place: Place) -> int | None:
+    """The line of a `# rezero: skip` on an add, or on the head of the function or class that holds it."""
+    marked = _skips(span.file)
+    if not marked:
+        return None
+    heads = [sources.function(place), sources.class_of(place.file, place.cls) if place.cls else None]
+    lines = set(range(span.line, span.end_line + 1))
+    for head in heads:
+        if isinstance(head, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            lines |= set(range(head.lineno, max(head.body[0].lineno, head.lineno + 1)))
+    return min(lines & marked, default=None)
+
+
+@sources.cached
+def _skips(file: str) -> frozenset[int]:
+    """The lines with a comment `# rezero: skip`."""
+    if not sources.has_text(file) or "rezero:" not in sources.text(file):
+        return frozenset()
+    tokens = tokenize.generate_tokens(io.StringIO(sources.text(file)).readline)
+    return frozenset(token.start[0] for token in tokens if token.type == tokenize.COMMENT and _SKIP.match(token.string))
 
 
 @sources.cached

@@ -169,7 +169,11 @@ def _unreadable(frames: tuple[Frame, ...]) -> tuple[str, str] | None:
 
 
 def unwanted(site: Site, options: Options) -> tuple[str, str] | None:
-    """Whether the user's patterns leave the block out."""
+    """Whether the user's patterns, or a comment in the text, leave the block out."""
+    if site.span is not None and site.place is not None:
+        line = code.skip_comment(site.span, site.place)
+        if line is not None:
+            return "RZ900", f"left out by the comment at {site.span.file}:{line}"
     where = (site.path, f"{site.cls}.{site.place.name}" if site.place else site.cls, site.cls)
     if options.include and not any(fnmatch(name, pattern) for pattern in options.include for name in where):
         return "RZ900", "not among the included modules"
