@@ -1118,13 +1118,33 @@ class LastGain(Net):
         return x + self.last(torch.relu(self.first(x)))
 
 
+class NormAndActivation(nn.BatchNorm2d):
+    """timm's `BatchNormAct2d`: a norm that applies an activation, which is zero at zero."""
+
+    def __init__(self) -> None:
+        super().__init__(W)
+        self.act = nn.SiLU()
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(super().forward(x))
+
+
+class LastFused(Net):
+    def __init__(self) -> None:
+        super().__init__(conv=nn.Conv2d(W, W, 1), bn=NormAndActivation())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.bn(self.conv(x))
+
+
 @pytest.mark.parametrize(
     ("make", "x", "parameter", "how"),
     [
-        (LastNorm, images(), "bn.weight", "ones"), (LastLinear, vectors(), "b.weight", "reset"),
+        (LastNorm, images(), "bn.weight", "ones"), (LastFused, images(), "bn.weight", "ones"), (LastLinear, vectors(), "b.weight", "reset"),
         (LastGain, images(), "last.gain", "ones"),
     ],
-    ids=["norm weight", "linear", "gain"],
+    ids=["norm weight", "norm with activation", "linear", "gain"],
 )  # fmt: skip
 def test_a_zero_initialised_last_layer_is_repaired(make: Any, x: Tensor, parameter: str, how: str) -> None:
     site = block(make(), x)

@@ -191,8 +191,9 @@ def repairs(flow: Flow, branch: Branch) -> Iterator[Repair]:
         target = flow.nodes[node]
         if flow.trace.model is None:
             yield from _written_repairs(flow, node)
-        elif target.op == "call_module":
-            yield from _layer_repairs(flow, str(target.target), flow.facts[node].kind)
+        elif node in flow.steps or target.op == "call_module":
+            path = flow.steps[node].path if node in flow.steps else str(target.target)
+            yield from _layer_repairs(flow, path, flow.facts[node].kind)
         elif flow.facts[node].kind in ("linear", "norm"):
             yield from _function_repairs(flow, node)
 
