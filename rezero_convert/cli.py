@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import functools
+import glob
 import json
+import multiprocessing
 import os
 import sys
 import tempfile
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -121,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _failed("interrupted")
     except Exception as error:
-        return _crashed(error)
+        return _failed(_crash(error))
 
 
 def _failed(message: str) -> int:
@@ -129,13 +133,13 @@ def _failed(message: str) -> int:
     return 2
 
 
-def _crashed(error: Exception, what: str = "") -> int:
+def _crash(error: Exception, what: str = "") -> str:
     """A mistake of ours: one line as well, and not Python's exit code 1, which means something here."""
     if sys.flags.dev_mode:
         raise error
     place = traceback.extract_tb(error.__traceback__)[-1]
     message = f"{what}internal error: {type(error).__name__}: {error} ({place.filename}:{place.lineno})"
-    return _failed(f"{message}; python -X dev -m rezero_convert shows the traceback")
+    return f"{message}; python -X dev -m rezero_convert shows the traceback"
 
 
 # Arguments
@@ -152,12 +156,14 @@ def _convert_parser() -> _Parser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    parser.add_argument("files", nargs="+", metavar="FILE", help="a .py file, a folder of them, or - for stdin")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="a .py file, a folder of them, a glob, or - for stdin")
     out = parser.add_mutually_exclusive_group()
     out.add_argument("--write", action="store_true", help="change the files in place")
     out.add_argument("-o", "--output", metavar="OUT", help="write the rewritten text here (- for stdout)")
     out.add_argument("--check", action="store_true", help="exit with 1 if there is anything to rewrite; no diff")
+    parser.add_argument("--diff", action="store_true", help="the diff on stdout with --write, -o or --check, too")
     parser.add_argument("--json", action="store_true", help="the report as JSON on stdout, instead of the diff")
+    parser.add_argument("-j", "--jobs", metavar="N", type=int, help="processes for many files (default: one a core)")
     exact = parser.add_argument_group("exact route: run the model, validate the rewritten file in a fresh process")
     exact.add_argument("--model", metavar="EXPR", help="expression in the file's namespace that makes the model")
     exact.add_argument("--inputs", metavar="EXPR", help=_INPUTS)
@@ -215,9 +221,11 @@ def _parsed(parser: _Parser, arguments: Sequence[str]) -> argparse.Namespace:
 
 def _given(arguments: argparse.Namespace) -> dict[str, Any]:
     from .options import options
+    from .settings import project_settings
 
     names = ("method", "alpha_init", "drop_norm", "activation", "include", "exclude", "share", "long_skips")
-    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    given = project_settings(Path.cwd(), names)
+    given |= {name: value for name in names if (value := getattr(arguments, name)) is not None}
     options(**given)  # before anything is run
     return given
 
@@ -231,65 +239,87 @@ def _screen(arguments: argparse.Namespace) -> _Screen:
 
 def _convert(arguments: argparse.Namespace) -> int:
     given, screen = _given(arguments), _screen(arguments)
-    if arguments.inputs is not None and arguments.model is None:
-        raise ConversionError("--inputs without --model: which model are they for?")
     named = list(_paths(arguments.files))
-    single = len(named) == 1
-    for option in ("output", "model"):
-        if getattr(arguments, option) is not None and not single:
-            raise ConversionError(f"--{option} is for one file, not {len(named)}")
-    if arguments.write and None in (path for _, path, _ in named):
-        raise ConversionError("--write cannot change standard input; use -o -")
+    _check_together(arguments, named)
     reports: list[dict[str, Any]] = []
     changed = failed = False
-    for name, path, member in _progress(named, screen):
+    for name, outcome in _progress(_outcomes(named, arguments, given), len(named), screen):
         try:
-            file = _read(name, path)
-            if not _has_model(file):
-                if member:
-                    continue
-                raise ConversionError(f"{name}: no torch.nn.Module class in this file")
-            result = _rewrite(file, arguments, given, screen)
-            _deliver(result, arguments, screen)
+            if outcome is None:
+                continue
+            if isinstance(outcome, ConversionError):
+                raise outcome
+            _deliver(outcome, arguments, screen)
         except ConversionError as error:
             failed = bool(_failed(str(error)))
             continue
         except Exception as error:
-            failed = bool(_crashed(error, f"{name}: "))
+            failed = bool(_failed(_crash(error, f"{name}: ")))
             continue
-        changed |= result.changed
-        reports.append(_json(result))
+        changed |= outcome.changed
+        reports.append(_json(outcome))
     if arguments.json and reports:
-        _print_json(reports, single)
+        _print_json(reports, single=len(named) == 1)
     if failed:
         return 2
     return 1 if arguments.check and changed else 0
 
 
-def _paths(files: Iterable[str]) -> Iterator[tuple[str, Path | None, bool]]:
-    """Name, path (None: stdin) and whether it was found in a folder, each file once.
+def _check_together(arguments: argparse.Namespace, named: Sequence[_Named]) -> None:
+    """Check the arguments with each other and with the files.
 
     Raises:
-        ConversionError: there is no such file, or no Python file in a folder.
+        ConversionError: they do not go together.
+    """
+    if arguments.inputs is not None and arguments.model is None:
+        raise ConversionError("--inputs without --model: which model are they for?")
+    for option in ("output", "model"):
+        if getattr(arguments, option) is not None and len(named) != 1:
+            raise ConversionError(f"--{option} is for one file, not {len(named)}")
+    if arguments.write and None in (path for _, path, _ in named):
+        raise ConversionError("--write cannot change standard input; use -o -")
+    if arguments.diff and (arguments.json or arguments.output == "-"):
+        raise ConversionError(f"--diff and {'--json' if arguments.json else '-o -'} both go to standard output")
+    if arguments.jobs is not None and arguments.jobs < 1:
+        raise ConversionError(f"--jobs must be at least 1, not {arguments.jobs}")
+
+
+_Named = tuple[str, Path | None, bool]
+"""Name, path (None: stdin), and whether it was found in a folder or by a glob."""
+
+
+def _paths(files: Iterable[str]) -> Iterator[_Named]:
+    """The files to work on, each once.
+
+    Raises:
+        ConversionError: there is no such file, or no Python file in a folder or by a glob.
     """
     seen: set[Path] = set()
     for name in files:
-        path = Path(name)
         if name == "-":
             yield "<stdin>", None, False
-        elif path.is_dir():
-            members = sorted(_members(path))
-            if not members:
-                raise ConversionError(f"{name}: no .py files in this folder")
-            for member in members:
-                if member.resolve() not in seen:
-                    seen.add(member.resolve())
-                    yield str(member), member, True
-        elif not path.exists():
-            raise ConversionError(f"{name}: no such file or folder")
-        elif path.resolve() not in seen:
-            seen.add(path.resolve())
-            yield name, path, False
+            continue
+        for shown, path, found in _expanded(name):
+            if path.resolve() not in seen:
+                seen.add(path.resolve())
+                yield shown, path, found
+
+
+def _expanded(name: str) -> Iterator[tuple[str, Path, bool]]:
+    path = Path(name)
+    if path.is_dir():
+        members, what = sorted(_members(path)), "no .py files in this folder"
+    elif path.exists():
+        yield name, path, False
+        return
+    elif glob.has_magic(name):
+        members = sorted(Path(one) for one in glob.glob(name, recursive=True) if one.endswith(".py"))
+        what = "no .py file matches"
+    else:
+        members, what = [], "no such file or folder"
+    if not members:
+        raise ConversionError(f"{name}: {what}")
+    yield from ((str(member), member, True) for member in members)
 
 
 def _members(folder: Path) -> Iterator[Path]:
@@ -303,13 +333,50 @@ def _members(folder: Path) -> Iterator[Path]:
         yield from (Path(root, name) for name in files if name.endswith(".py"))
 
 
-def _progress(named: list[tuple[str, Path | None, bool]], screen: _Screen) -> Iterable[tuple[str, Path | None, bool]]:
-    if len(named) < 5 or screen.quiet or not sys.stderr.isatty():
-        return named
+_MANY = 8
+"""Files from which on they are worth processes of their own, each of which imports torch."""
+
+_Outcome = tuple[str, "_Result | ConversionError | None"]
+"""A file's name and what became of it; None: there is no module class in it, and it was not all that was asked for."""
+
+
+def _outcomes(named: list[_Named], arguments: argparse.Namespace, given: dict[str, Any]) -> Iterator[_Outcome]:
+    """Every file rewritten, in order; nothing is written yet."""
+    jobs = min(arguments.jobs or (os.cpu_count() or 1 if len(named) >= _MANY else 1), len(named))
+    work = functools.partial(_outcome, arguments=arguments, given=given)
+    if jobs == 1 or arguments.model is not None:
+        yield from map(work, named)
+        return
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        try:
+            yield from pool.map(work, named)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _outcome(named: _Named, arguments: argparse.Namespace, given: dict[str, Any]) -> _Outcome:
+    name, path, member = named
+    try:
+        file = _read(name, path)
+        if _has_model(file):
+            return name, _rewrite(file, arguments, given)
+    except ConversionError as error:
+        return name, error
+    except Exception as error:  # its traceback would not come through from another process
+        return name, ConversionError(_crash(error, f"{name}: "))
+    if member or arguments.check or len(arguments.files) > 1:
+        return name, None
+    return name, ConversionError(f"{name}: no torch.nn.Module class in this file")
+
+
+def _progress(outcomes: Iterable[_Outcome], total: int, screen: _Screen) -> Iterable[_Outcome]:
+    if total < 5 or screen.quiet or not sys.stderr.isatty():
+        return outcomes
     from rich.console import Console
     from rich.progress import track
 
-    return track(named, "rewriting", console=Console(stderr=True, no_color=not screen.color), transient=True)
+    console = Console(stderr=True, no_color=not screen.color)
+    return track(outcomes, "rewriting", total, console=console, transient=True)
 
 
 def _read(name: str, path: Path | None) -> _File:
@@ -348,7 +415,7 @@ def _check_syntax(file: _File) -> None:
     sources.tree(file.name)
 
 
-def _rewrite(file: _File, arguments: argparse.Namespace, given: dict[str, Any], screen: _Screen) -> _Result:
+def _rewrite(file: _File, arguments: argparse.Namespace, given: dict[str, Any]) -> _Result:
     """The file's text rewritten; by the exact route if a model is given, and then proved."""
     from . import api
 
@@ -408,10 +475,10 @@ def _deliver(result: _Result, arguments: argparse.Namespace, screen: _Screen) ->
         if result.changed and result.file.path is not None:
             _replace(result.file.path, result.file.data(result.text), mode_of=result.file.path)
             screen.say(f"wrote {name}")
-    elif arguments.check:
-        if result.changed:
-            screen.say(f"would rewrite {name}")
-    elif result.changed and not arguments.json:
+    elif arguments.check and result.changed:
+        screen.say(f"would rewrite {name}")
+    plain = not (arguments.write or arguments.check or arguments.output or arguments.json)
+    if result.changed and (arguments.diff or plain):
         _print_diff(result, screen)
 
 

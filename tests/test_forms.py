@@ -1141,7 +1141,8 @@ class LastFused(Net):
 @pytest.mark.parametrize(
     ("make", "x", "parameter", "how"),
     [
-        (LastNorm, images(), "bn.weight", "ones"), (LastFused, images(), "bn.weight", "ones"), (LastLinear, vectors(), "b.weight", "reset"),
+        (LastNorm, images(), "bn.weight", "ones"), (LastFused, images(), "bn.weight", "ones"),
+        (LastLinear, vectors(), "b.weight", "reset"),
         (LastGain, images(), "last.gain", "ones"),
     ],
     ids=["norm weight", "norm with activation", "linear", "gain"],
