@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .api import SourceResult, audit, audit_source, convert, convert_source, unconvert
     from .errors import ConversionError, NoEffectWarning
     from .graph_pass import ReZeroPass
+    from .instruments.groups import param_groups
     from .plan import Options, Plan
     from .report import Report
     from .rewrite.modules import alphas
@@ -22,6 +23,7 @@ __all__ = [
     "unconvert",
     "validate",
     "alphas",
+    "param_groups",
     "convert_source",
     "audit_source",
     "ReZeroPass",
@@ -45,6 +47,7 @@ _HOMES = {
     "validate": "validation",
     "Validation": "validation",
     "alphas": "rewrite.modules",
+    "param_groups": "instruments.groups",
     "Report": "report",
     "Plan": "plan",
     "Options": "plan",

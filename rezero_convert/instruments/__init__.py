@@ -1,0 +1,1 @@
+"""What a converted model needs in training."""
