@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from ..capture.trace import Call
 from ..detect.blocks import Block, Nested, Refusal, find
 from ..detect.flow import Flow
 
@@ -45,16 +46,33 @@ class Found:
     blocks: dict[int, Block]
     refusals: dict[int, Refusal]
     nested: dict[int, Nested]
+    inside: dict[int, tuple[int, ...]]
+    """Per operation, the refused and nested sums that it is or holds: a module call may count as one operation."""
 
 
 def found(flow: Flow) -> Found:
+    """All adds of a trace, by their nodes."""
     blocks, refusals, nested = find(flow)
+    ends = {call: end for end, call in flow.steps.items()}
+    inside: dict[int, tuple[int, ...]] = {}
+    for node in (*(one.sum.node for one in refusals), *(one.block.sum.node for one in nested)):
+        seat = _seat(flow, node, ends)
+        inside[seat] = (*inside.get(seat, ()), node)
     return Found(
         flow,
         {block.sum.node: block for block in blocks},
         {refusal.sum.node: refusal for refusal in refusals},
         {one.block.sum.node: one for one in nested},
+        inside,
     )
+
+
+def _seat(flow: Flow, node: int, ends: dict[Call, int]) -> int:
+    """An operation itself, or the end of the module call that counts as one and holds it."""
+    call: Call | None = flow.origin(node).call
+    while call is not None and call not in ends:
+        call = call.parent
+    return node if call is None else ends[call]
 
 
 def lines(adds: Found) -> tuple[Line, ...]:

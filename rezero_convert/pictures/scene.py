@@ -10,7 +10,7 @@ from itertools import takewhile
 from torch import fx
 
 from ..capture.facts import Facts
-from ..capture.trace import Call, Trace
+from ..capture.trace import Trace
 from ..detect.blocks import has_weight
 from ..detect.drafts import site_of
 from ..detect.flow import Flow, flow
@@ -229,8 +229,7 @@ def _block(adds: Found, knot: Knot, book: _Book, home: Mapping[int, int], own: i
         steps = (*_lost(site, steps, first=True), *steps, *_lost(site, steps, first=False))
         reads = sorted({home[node] for node in knot.reads[position] if home.get(node, own) != own})
         branches.append(Branch(steps, gate, values, tuple(reads)))
-    inside = {node for nodes in knot.branches for node in nodes}
-    inner = [node for node in (*adds.refusals, *adds.nested) if _seat(flow, node) in inside]
+    inner = [node for nodes in knot.branches for seat in nodes for node in adds.inside.get(seat, ())]
     return Box(
         "block",
         (),
@@ -240,7 +239,7 @@ def _block(adds: Found, knot: Knot, book: _Book, home: Mapping[int, int], own: i
         tuple(branches),
         _shortcut(flow, knot, path, book),
         () if index is None else (index,),
-        tuple(_notes(adds, inner, book)),
+        tuple(_notes(adds, dict.fromkeys(inner), book)),
         _text(site) if index is not None else "not in this file",
         _full(site),
         shape=flow.shape(knot.node),
@@ -296,15 +295,6 @@ def _notes(adds: Found, nodes: Iterable[int], book: _Book) -> Iterator[Note]:
             note = made.setdefault(_text(site), Note(site.verdict, _text(site), _full(site)))
             made[note.text] = replace(note, sites=tuple(dict.fromkeys((*note.sites, index))))
     yield from made.values()
-
-
-def _seat(flow: Flow, node: int) -> int:
-    """The operation itself, or the module call that counts as one step and holds it."""
-    ends = {call: end for end, call in flow.steps.items()}
-    call: Call | None = flow.origin(node).call
-    while call is not None and call not in ends:
-        call = call.parent
-    return node if call is None else ends[call]
 
 
 def _beside(plan: Plan, drawn: set[int]) -> Iterator[Note]:
