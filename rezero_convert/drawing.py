@@ -50,7 +50,7 @@ def drawn(model: nn.Module, example_inputs: Any = None, *, title: str = "", **op
     plan, done = detect(trace, settings), record(model)
     report = Report(
         plan if done is None else _with_dropped(plan, done),
-        title=title or type(model).__qualname__,
+        title=title or type(model).__name__,
         alphas=dict(alphas(model)),
         converted=done is not None,
     )

@@ -13,6 +13,7 @@ import pytest
 import torch
 from nets import Linears, Net, W, vectors
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import rezero_convert as rz
 from rezero_convert import cli
@@ -341,6 +342,26 @@ def test_graph_modules(tmp_path: Path) -> None:
     drawn = draw(graph, tmp_path, vectors())
     assert sites(drawn, "converted") == 2
     assert struck(drawn)
+
+
+def test_flat_graphs_fold_by_the_numbers_of_their_names(tmp_path: Path) -> None:
+    graph = make_fx(nn.Sequential(*(Residual() for _ in range(4))))(vectors())
+    drawn = draw(graph, tmp_path, vectors())
+    assert sites(drawn, "converted") == 4
+    assert [fold.get("data-times") for fold in of_class(drawn, "fold")] == ["4"]
+
+
+def test_norms_behind_the_sum_stay_in_the_drawing_of_a_converted_model(tmp_path: Path) -> None:
+    class Post(Linears):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(x + torch.tanh(self.a(x)))
+
+    model = nn.Sequential(Post(norm=nn.LayerNorm(W)), Post(norm=nn.LayerNorm(W)))
+    before = draw(model, tmp_path, vectors())
+    after = draw(rz.convert(model, vectors()), tmp_path, vectors())
+    for drawn in (before, after):
+        assert [text.rpartition(".")[2] for text in texts(drawn, "plain box")] == ["norm"]
+        assert len(struck(drawn)) == 1
 
 
 def test_a_block_that_runs_three_times_is_one_box(tmp_path: Path) -> None:

@@ -54,7 +54,8 @@ def colour(verdict: str) -> str:
 
 def named(box: Box) -> str:
     """Paths and class of a box."""
-    return "  ".join(part for part in (compact(box.paths) if any(box.paths) or not box.cls else "", box.cls) if part)
+    cls = box.cls.rpartition(".")[2]
+    return "  ".join(part for part in (compact(box.paths) if any(box.paths) or not cls else "", cls) if part)
 
 
 def draw(canvas: Canvas, column: Column, box: Box, y: float) -> float:

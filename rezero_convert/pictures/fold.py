@@ -15,7 +15,7 @@ _LONGEST = 128
 def folded(boxes: Sequence[Box]) -> tuple[Box | Fold, ...]:
     """Equal sequences that follow each other as one, the widest run first, within them again.
 
-    Boxes are equal if they differ in the numbers of their paths only, and in the values of gates.
+    Boxes are equal if they differ in the numbers of their paths and names only, and in the values of gates.
     """
     known: dict[Box, int] = {}
     keys = [known.setdefault(_key(box), len(known)) for box in boxes]
@@ -58,7 +58,8 @@ def _key(box: Box) -> Box:
         full="",
         text=blind(box.text),
         branches=tuple(
-            replace(one, values=(), steps=tuple(replace(step, full="") for step in one.steps)) for one in box.branches
+            replace(one, gate=blind(one.gate), values=(), steps=tuple(replace(step, full="") for step in one.steps))
+            for one in box.branches
         ),
         shortcut=tuple(replace(step, label=blind(step.label), full="") for step in box.shortcut),
         notes=tuple(replace(note, text=blind(note.text), full="", sites=()) for note in box.notes),
@@ -69,7 +70,11 @@ def _merged(same: Sequence[Box]) -> Box:
     """Equal boxes as the first, with the paths, adds and gate values of all."""
     first = same[0]
     branches = tuple(
-        replace(one, values=tuple(value for box in same for value in box.branches[number].values))
+        replace(
+            one,
+            gate=compact(box.branches[number].gate for box in same) if one.gate else "",
+            values=tuple(value for box in same for value in box.branches[number].values),
+        )
         for number, one in enumerate(first.branches)
     )
     shortcut = tuple(

@@ -212,6 +212,9 @@ def _boxes(adds: Found, line: Line, book: _Book, home: Mapping[int, int], own: i
         made = replace(made, at=(len(boxes),), start=None if above is None else len(boxes) - max(above, 0))
         place[knot.node] = len(boxes)
         boxes.append(made)
+        lost = tuple(step for index in made.sites for step in _lost(book.plan.sites[index], "post"))
+        if lost:
+            boxes.append(Box("plain", (len(boxes),), shortcut=lost, shape=made.shape))
     plain(line.after)
     return boxes
 
@@ -226,7 +229,7 @@ def _block(adds: Found, knot: Knot, book: _Book, home: Mapping[int, int], own: i
     for position, nodes in enumerate(knot.branches):
         gate, values = _gate(site, position, book)
         steps = (*_steps(flow, nodes, path, book), *_moved(site))
-        steps = (*_lost(site, steps, first=True), *steps, *_lost(site, steps, first=False))
+        steps = (*_lost(site, "pre"), *steps, *_lost(site, "inside", "end"))
         reads = sorted({home[node] for node in knot.reads[position] if home.get(node, own) != own})
         branches.append(Branch(steps, gate, values, tuple(reads)))
     inner = [node for nodes in knot.branches for seat in nodes for node in adds.inside.get(seat, ())]
@@ -301,14 +304,11 @@ def _beside(plan: Plan, drawn: set[int]) -> Iterator[Note]:
     """The sites that no stream shows, equal ones as one."""
     rest = {index: site for index, site in enumerate(plan.sites) if index not in drawn}
     for group in grouped(rest.values()):
-        members = tuple(index for index, site in rest.items() if site.path in group.paths and _same(site, group.first))
-        times = f" x {len(group.paths)}" if len(group.paths) > 1 else ""
-        yield Note(
-            group.first.verdict,
-            f"{_text(group.first)} ({compact(group.paths)}{times})",
-            _full(group.first),
-            members,
-        )
+        site, paths = group.first, frozenset(group.paths)
+        members = tuple(index for index, one in rest.items() if one.path in paths and _same(one, site))
+        times = f" (x {len(group.paths)})" if len(group.paths) > 1 else ""
+        text = _text(site) or f"{site.code} {site.reason}"
+        yield Note(site.verdict, f"{compact(group.paths)}{times}: {text}", _full(site), members)
 
 
 def _same(site: Site, other: Site) -> bool:
@@ -349,14 +349,14 @@ def _moved(site: Site) -> tuple[Step, ...]:
     return (Step(site.activation.type, f"{site.activation.type} of the sum, moved into the branch"),)
 
 
-def _lost(site: Site, steps: Iterable[Step], *, first: bool) -> tuple[Step, ...]:
-    """The norms that a conversion has already taken from before or from behind the branch."""
+def _lost(site: Site, *positions: str) -> tuple[Step, ...]:
+    """The norms that a conversion has already taken from some positions."""
     if site.verdict != "gated":
         return ()
     return tuple(
-        Step(_relative(norm.path, site.path) or norm.type, f"{norm.path} ({norm.type}), dropped", dropped=True)
+        Step(_relative(norm.path, site.path) or norm.type, f"{norm.path} ({norm.type})", dropped=True)
         for norm in site.norms
-        if norm.action != "keep" and (norm.position == "pre") == first
+        if norm.action != "keep" and norm.position in positions
     )
 
 
