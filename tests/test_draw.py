@@ -323,8 +323,10 @@ def test_adds_that_lie_on_no_stream_are_listed(tmp_path: Path) -> None:
             return x + torch.tanh(self.a(x)), self.b(x) + self.a(x)
 
     drawn = draw(Two(), tmp_path, vectors())
-    assert any("RZ9" in text for text in (*texts(drawn, "beside"), *texts(drawn, "merge refused")))
     check(drawn)
+    assert sites(drawn, "converted") == 1
+    (text,) = texts(drawn, "beside")
+    assert "RZ903" in text
 
 
 def test_a_converted_model_shows_what_was_done_and_todays_alphas(tmp_path: Path) -> None:
@@ -342,6 +344,19 @@ def test_graph_modules(tmp_path: Path) -> None:
     drawn = draw(graph, tmp_path, vectors())
     assert sites(drawn, "converted") == 2
     assert struck(drawn)
+
+
+def test_an_activation_that_moves_is_drawn_in_the_branch(tmp_path: Path) -> None:
+    class Activated(Linears):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(x + self.b(torch.tanh(self.a(x))))
+
+    drawn = draw(Activated(), tmp_path, vectors())
+    assert texts(drawn, "plain box") == []
+    assert f"b{ARROW}relu" in "".join(texts(drawn, "block converted"))
+    kept = draw(Activated(), tmp_path, vectors(), activation="keep")
+    assert texts(kept, "plain box") == ["relu"]
+    assert "relu" not in "".join(texts(kept, "block converted"))
 
 
 def test_flat_graphs_fold_by_the_numbers_of_their_names(tmp_path: Path) -> None:
