@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import SourceResult, audit, audit_source, convert, convert_source, unconvert
+    from .drawing import draw
     from .errors import ConversionError, NoEffectWarning
     from .graph_pass import ReZeroPass
     from .instruments.groups import param_groups
@@ -22,6 +23,7 @@ __all__ = [
     "convert",
     "unconvert",
     "validate",
+    "draw",
     "alphas",
     "param_groups",
     "convert_source",
@@ -44,6 +46,7 @@ _HOMES = {
     "audit_source": "api",
     "SourceResult": "api",
     "ReZeroPass": "graph_pass",
+    "draw": "drawing",
     "validate": "validation",
     "Validation": "validation",
     "alphas": "rewrite.modules",

@@ -11,7 +11,6 @@ import json
 import multiprocessing
 import os
 import sys
-import tempfile
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
 from .errors import ConversionError
+from .files import replace
 
 if TYPE_CHECKING:
     from .api import SourceResult
@@ -40,6 +40,7 @@ Rewrites the residual blocks of PyTorch models, x + F(x), into ReZero blocks, x 
 rezero-convert --help lists the options.
 """
 _INPUTS = "a tensor, a tuple of arguments, or a dict of keyword arguments"
+_SVG = "draw the residual streams, and what becomes of them, as an SVG file"
 _NOTHING = "nothing to rewrite"
 
 
@@ -65,6 +66,8 @@ class _Result:
     text: str
     report: Report
     notes: tuple[str, ...] = ()
+    drawing: str | None = None
+    """SVG, if asked for."""
     validation: dict[str, Any] | None = None
     """Exact route: `Validation.to_dict()` of the rewritten file."""
 
@@ -164,6 +167,7 @@ def _convert_parser() -> _Parser:
     parser.add_argument("--diff", action="store_true", help="the diff on stdout with --write, -o or --check, too")
     parser.add_argument("--json", action="store_true", help="the report as JSON on stdout, instead of the diff")
     parser.add_argument("-j", "--jobs", metavar="N", type=int, help="processes for many files (default: one a core)")
+    parser.add_argument("--svg", metavar="FILE", help=_SVG)
     exact = parser.add_argument_group("exact route: run the model, validate the rewritten file in a fresh process")
     exact.add_argument("--model", metavar="EXPR", help="expression in the file's namespace that makes the model")
     exact.add_argument("--inputs", metavar="EXPR", help=_INPUTS)
@@ -186,6 +190,7 @@ def _audit_parser() -> _Parser:
     )
     parser.add_argument("--inputs", metavar="EXPR", help=_INPUTS)
     parser.add_argument("--json", action="store_true", help="the report as JSON on stdout")
+    parser.add_argument("--svg", metavar="FILE", help=_SVG)
     _add_options(parser)
     return parser
 
@@ -273,7 +278,7 @@ def _check_together(arguments: argparse.Namespace, named: Sequence[_Named]) -> N
     """
     if arguments.inputs is not None and arguments.model is None:
         raise ConversionError("--inputs without --model: which model are they for?")
-    for option in ("output", "model"):
+    for option in ("output", "model", "svg"):
         if getattr(arguments, option) is not None and len(named) != 1:
             raise ConversionError(f"--{option} is for one file, not {len(named)}")
     if arguments.write and None in (path for _, path, _ in named):
@@ -421,7 +426,7 @@ def _rewrite(file: _File, arguments: argparse.Namespace, given: dict[str, Any]) 
 
     if arguments.model is None:
         made = api.convert_source(file.text, file=file.name, **given)
-        return _result(file, made)
+        return dataclasses.replace(_result(file, made), drawing=_drawn_text(made.report, file.name, arguments))
     from . import fresh, targets
 
     if file.path is None:
@@ -433,6 +438,11 @@ def _rewrite(file: _File, arguments: argparse.Namespace, given: dict[str, Any]) 
     with targets.quiet_stdout(), targets.told(f"{file.name}: --model {arguments.model!r}"):
         made = api.convert_source(file.text, file=str(path), model=model, example_inputs=inputs, **given)
     result = _result(file, made)
+    if arguments.svg is not None:
+        from . import drawing
+
+        with targets.quiet_stdout(), targets.told(f"{file.name}: --model {arguments.model!r}"):
+            result = dataclasses.replace(result, drawing=drawing.drawn_report(result.report, model, inputs))
     if result.changed:
         proof = fresh.prove(path, result.text, arguments.model, arguments.inputs)
         if not proof.ok:
@@ -442,6 +452,21 @@ def _rewrite(file: _File, arguments: argparse.Namespace, given: dict[str, Any]) 
         note = f"imported in a fresh process, where {proof.blocks} gated blocks were validated"
         result = dataclasses.replace(result, notes=(*result.notes, note), validation=proof.details)
     return result
+
+
+def _drawn_text(report: Report, file: str, arguments: argparse.Namespace) -> str | None:
+    """The drawing of a report on text alone, if asked for."""
+    if arguments.svg is None:
+        return None
+    from . import drawing
+
+    return drawing.drawn_text(report, file)
+
+
+def _write_drawing(text: str | None, arguments: argparse.Namespace, screen: _Screen) -> None:
+    if text is not None:
+        replace(Path(arguments.svg), text.encode())
+        screen.say(f"wrote {arguments.svg}")
 
 
 def _result(file: _File, made: SourceResult) -> _Result:
@@ -466,44 +491,21 @@ def _deliver(result: _Result, arguments: argparse.Namespace, screen: _Screen) ->
         screen.say(note if note.startswith(f"{name}:") else f"{name}: {note}")
     if not result.changed:
         screen.say(f"{name}: {_NOTHING}")
+    _write_drawing(result.drawing, arguments, screen)
     if arguments.output == "-":
         _emit(result.file.data(result.text))
     elif arguments.output is not None:
-        _replace(Path(arguments.output), result.file.data(result.text), mode_of=result.file.path)
+        replace(Path(arguments.output), result.file.data(result.text), mode_of=result.file.path)
         screen.say(f"wrote {arguments.output}")
     elif arguments.write:
         if result.changed and result.file.path is not None:
-            _replace(result.file.path, result.file.data(result.text), mode_of=result.file.path)
+            replace(result.file.path, result.file.data(result.text), mode_of=result.file.path)
             screen.say(f"wrote {name}")
     elif arguments.check and result.changed:
         screen.say(f"would rewrite {name}")
     plain = not (arguments.write or arguments.check or arguments.output or arguments.json)
     if result.changed and (arguments.diff or plain):
         _print_diff(result, screen)
-
-
-def _replace(path: Path, data: bytes, mode_of: Path | None) -> None:
-    """Write a file whole or not at all; links are followed, the mode is kept.
-
-    Raises:
-        ConversionError: it cannot be written.
-    """
-    shown, path = path, path.resolve()
-    mode = next((one.stat().st_mode & 0o7777 for one in (path, mode_of) if one is not None and one.exists()), 0o644)
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(0, "it is a folder")
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(data)
-            os.chmod(temporary, mode)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    except OSError as error:
-        raise ConversionError(f"{shown}: cannot be written: {error.strerror}") from error
 
 
 def diff(name: str, before: str, after: str) -> str:
@@ -550,11 +552,14 @@ def _print_json(reports: list[dict[str, Any]], single: bool) -> None:
 
 def _audit(arguments: argparse.Namespace) -> int:
     given, screen = _given(arguments), _screen(arguments)
+    if arguments.svg is not None and len(arguments.targets) > 1:
+        raise ConversionError(f"--svg is for one target, not {len(arguments.targets)}")
     reports: list[dict[str, Any]] = []
     failed = False
     for name in arguments.targets:
         try:
-            report = _audited(name, arguments, given)
+            report, drawing = _audited(name, arguments, given)
+            _write_drawing(drawing, arguments, screen)
         except ConversionError as error:
             failed = bool(_failed(str(error)))
             continue
@@ -566,7 +571,8 @@ def _audit(arguments: argparse.Namespace) -> int:
     return 2 if failed else 0
 
 
-def _audited(name: str, arguments: argparse.Namespace, given: dict[str, Any]) -> Report:
+def _audited(name: str, arguments: argparse.Namespace, given: dict[str, Any]) -> tuple[Report, str | None]:
+    """The report on a target, and its drawing if asked for."""
     from . import api, targets
 
     path = Path(name)
@@ -576,8 +582,14 @@ def _audited(name: str, arguments: argparse.Namespace, given: dict[str, Any]) ->
         if name != "-" and not path.exists():
             raise ConversionError(f"{name}: no such file")
         file = _read(name if name != "-" else "<stdin>", None if name == "-" else path)
-        return api.audit_source(file.text, file=file.name, **given)
+        report = api.audit_source(file.text, file=file.name, **given)
+        return report, _drawn_text(report, file.name, arguments)
     found = targets.target(name, arguments.inputs)
     with targets.quiet_stdout(), targets.told(name):
         report = api.audit(found.model, found.inputs, **given)
-    return dataclasses.replace(report, title=name, notes=(*report.notes, *found.notes))
+        drawn = None
+        if arguments.svg is not None:
+            from . import drawing
+
+            drawn = drawing.drawn(found.model, found.inputs, title=name, **given)
+    return dataclasses.replace(report, title=name, notes=(*report.notes, *found.notes)), drawn
