@@ -940,6 +940,109 @@ def test_a_gate_that_was_there_is_left_alone(make: Any) -> None:
         assert torch.equal(rz.convert(model, vectors()).gate, model.gate)
 
 
+class Offset(Linears):
+    """A gate that is zero because something is added to its parameter."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__(gate=nn.Parameter(torch.full((W,), value)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + (self.gate + 1.0) * self.b(torch.relu(self.a(x)))
+
+
+class ScaleElsewhere(Net):
+    """The gate is in one module, the add in the next."""
+
+    def __init__(self) -> None:
+        super().__init__(scale=Scale(), join=Join())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.join(self.scale(x), x)
+
+
+class Scale(Linears):
+    def __init__(self) -> None:
+        super().__init__(gate=nn.Parameter(torch.zeros(W)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gate * self.b(torch.relu(self.a(x)))
+
+
+class Join(nn.Module):
+    def forward(self, f: Tensor, x: Tensor) -> Tensor:
+        return f + x
+
+
+class Switched(Linears):
+    """A branch that a buffer turns off."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.register_buffer("switch", torch.full((1,), value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.switch * self.b(torch.relu(self.a(x)))
+
+
+class ZeroLast(Linears):
+    """The last layer starts at zero, and a number scales what it gives."""
+
+    def __init__(self) -> None:
+        super().__init__(factor=0.5)
+        nn.init.zeros_(self.b.weight)
+        nn.init.zeros_(self.b.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.factor * self.b(torch.relu(self.a(x)))
+
+
+class ZeroLastScaled(ZeroLast):
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.full((2, 1, 1), 0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.b(torch.relu(self.a(x))) * self.factor
+
+
+def test_a_zero_initialised_last_layer_behind_a_number_is_no_gate() -> None:
+    site = only(plan(ZeroLast(), vectors()), "x + self.factor")
+    assert (site.verdict, [repair.parameter for repair in site.repairs]) == ("converted", ["b.weight"])
+    assert len(list(rz.alphas(rz.convert(ZeroLast(), vectors())))) == 1
+
+
+def test_a_zero_initialised_last_layer_behind_a_parameter_is_repaired() -> None:
+    site = only(plan(ZeroLastScaled(), vectors()), "x + self.b")
+    assert site.code != "RZ908"
+    assert len(list(rz.alphas(rz.convert(ZeroLastScaled(), vectors())))) == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "verdict", "code", "word"),
+    [
+        (lambda: Offset(-1.0), "gated", "RZ120", "gate"),
+        (ScaleElsewhere, "gated", "RZ120", "scale.gate"),
+        (lambda: Switched(0.0), "refused", "RZ913", "switch"),
+    ],
+)
+def test_a_block_that_is_zero_otherwise_is_left_and_the_others_are_converted(
+    make: Any, verdict: str, code: str, word: str
+) -> None:
+    model = nn.Sequential(make(), Block())
+    left, converted = sorted(plan(model, vectors()).sites, key=lambda site: site.verdict == "converted")
+    assert (left.verdict, left.code) == (verdict, code)
+    assert word in left.reason
+    assert not left.gates
+    assert converted.path == "1"
+    assert [name for name, _ in rz.alphas(rz.convert(model, vectors()))] == ["1.alpha"]
+
+
+@pytest.mark.parametrize("make", [lambda: Offset(-0.5), lambda: Switched(0.5)])
+def test_a_factor_that_is_not_zero_holds_nothing_back(make: Any) -> None:
+    assert plan(make(), vectors()).converted
+    assert len(list(rz.alphas(rz.convert(make(), vectors())))) == 1
+
+
 # Sums in other places
 
 

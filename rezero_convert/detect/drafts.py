@@ -59,6 +59,10 @@ def of_block(flow: Flow, block: Block, options: Options) -> Draft:
         repairs += repair
         if not options.preserve:
             repairs += gates.repairs(flow, branch)
+            cause = gates.held_at_zero(flow, branch, {one.parameter for one in repairs})
+            if cause is not None:
+                reason = f"the branch is zero by {cause}, which nothing can undo: its alpha would never get a gradient"
+                return Draft(block, replace(site, verdict="refused", code="RZ913", reason=reason))
     site = replace(
         site,
         reason=_reason(flow, block),
@@ -184,13 +188,17 @@ def _present(flow: Flow, site: Site, found: gates.Found | None) -> Site | None:
     if found.kind == "input":
         reason = f"its gate is computed from the input by {found.parameter}, which is zero: already the identity"
         return replace(site, verdict="gated", code="RZ908", reason=reason)
+    if found.kind == "offset":
+        reason = f"its gate, computed from {found.parameter}, is zero now: left alone"
+        return replace(site, verdict="gated", code="RZ120", reason=reason)
     name = relative(found.parameter, site.path)
     ours = name in getattr(flow.module(site.path), "rezero_gates", ())
     state = {True: "zero now", False: "not zero: trained, left alone", None: "left alone"}[found.zero]
     if ours or found.kind == "scalar" or found.zero:
         gate = Gate(None, name, "", "", existing=True, init=None)
-        reason = f"already gated by {gate.alpha} ({state})"
-        return replace(site, verdict="gated", code="RZ120", reason=reason, gates=(gate,))
+        reason = f"already gated by {name} ({state})"
+        inside = _is_inside(found, site)
+        return replace(site, verdict="gated", code="RZ120", reason=reason, gates=(gate,) if inside else ())
     return None
 
 
@@ -203,7 +211,7 @@ def _gate(
     written = code.text(at)
     start = None if options.preserve else float(options.alpha_init)
     if found is not None and not moved:
-        inside = found.parameter == site.path or found.parameter.startswith(f"{site.path}." if site.path else "")
+        inside = _is_inside(found, site)
         if inside and not found.conditional:
             name = relative(found.parameter, site.path)
             shape = flow.shape(found.root) or (1,)
@@ -212,6 +220,11 @@ def _gate(
             return Gate(at, "", child, written, False, True, start), [], last or ""
     repair = [Repair(found.parameter, "ones")] if found is not None and found.zero and moved else []
     return Gate(at, "", child, written, init=1.0 if start is None else start), repair, last or ""
+
+
+def _is_inside(found: gates.Found, site: Site) -> bool:
+    """Whether the module that adds holds the gate's parameter."""
+    return found.parameter.startswith(f"{site.path}." if site.path else "")
 
 
 def relative(path: str, owner: str) -> str:
