@@ -682,6 +682,20 @@ def test_a_residual_sum_on_another_stream_inside_a_branch_is_interior(make: Any,
     assert len(list(rz.alphas(rz.convert(make(), vectors())))) == 1
 
 
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [(Interior, {}), (PreNormInterior, {}), (LongSkip, {}), (LongSkipBare, {}), (LongSkip, {"long_skips": True})],
+)
+def test_a_second_run_decides_as_the_first(make: Any, options: dict[str, Any]) -> None:
+    once = rz.convert(make(), vectors(), **options)
+    found = plan(once, vectors(), **options)
+    assert not found.converted, [(segment(site), site.form) for site in found.converted]
+    gates = [gate.alpha for site in found.of("gated") for gate in site.gates]
+    assert len(gates) == len(list(rz.alphas(once)))
+    with pytest.warns(rz.NoEffectWarning):
+        assert len(list(rz.alphas(rz.convert(once, vectors(), **options)))) == len(gates)
+
+
 def test_a_unet_keeps_its_merge_and_loses_no_block() -> None:
     found = plan(UNet(), images())
     assert only(found, "x + y").code == "RZ905"

@@ -13,7 +13,7 @@ from ..capture.trace import Frame, Trace, origin
 from ..plan import Gate, Norm, Options, Place, Plan, Site, Span
 from . import arms, code, loops, names, norms
 from .blocks import Block, Nested, Refusal, find, owner_call
-from .drafts import Draft, class_name, frame_of, of_block, relative, request, site_of, unwanted
+from .drafts import Draft, class_name, frame_of, is_gated, of_block, relative, request, site_of, unwanted
 from .flow import Flow, flow
 
 __all__ = ["detect"]
@@ -28,7 +28,7 @@ def detect(trace: Trace, options: Options | None = None) -> Plan:
     """
     options = options or Options()
     facts = flow(trace, options.norm_types)
-    blocks, refusals, nested = find(facts)
+    blocks, refusals, nested = find(facts, partial(is_gated, facts))
     gated_long = [one.block for one in nested if options.long_skips and one.verdict == "long-skip"]
     drafts = [of_block(facts, block, options) for block in (*blocks, *gated_long)]
     drafts = _post_norms(facts, drafts, options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
@@ -76,8 +76,13 @@ class Nested:
     other: Block
 
 
-def find(flow: Flow) -> tuple[list[Block], list[Refusal], list[Nested]]:
-    """All sums of a graph: blocks to rewrite, refusals, and blocks that contain or are contained in others."""
+def find(flow: Flow, gated: Callable[[Block], bool]) -> tuple[list[Block], list[Refusal], list[Nested]]:
+    """All sums of a graph: blocks to rewrite, refusals, and blocks that contain or are contained in others.
+
+    Args:
+        flow: of a trace.
+        gated: whether a block was decided for before: it stays a block, whatever is around or inside it.
+    """
     blocks: list[Block] = []
     refusals: list[Refusal] = []
     for whole in sums(flow):
@@ -86,7 +91,7 @@ def find(flow: Flow) -> tuple[list[Block], list[Refusal], list[Nested]]:
                 blocks.append(result)
             else:
                 refusals.append(result)
-    chosen, nested = _nesting(flow, blocks)
+    chosen, nested = _nesting(flow, blocks, gated)
     return chosen, refusals, nested
 
 
@@ -486,7 +491,7 @@ def _is_carried_by(flow: Flow, node: int, user: int, start: int, wholes: frozens
     return not others and (flow.facts[user].kind == "layout" or flow.name(user) in ("mul", "div"))
 
 
-def _nesting(flow: Flow, blocks: list[Block]) -> tuple[list[Block], list[Nested]]:
+def _nesting(flow: Flow, blocks: list[Block], gated: Callable[[Block], bool]) -> tuple[list[Block], list[Nested]]:
     """Sort out blocks within blocks, outermost first.
 
     A block whose branch holds joins of its own stream is a long skip: a zero gate there would stop their gradient.
@@ -501,12 +506,12 @@ def _nesting(flow: Flow, blocks: list[Block]) -> tuple[list[Block], list[Nested]
         if node in buried:
             continue
         inner = _inner(block, at)
-        if any(_on_stream(flow, other.skip, block.skip, at) for other in inner):
+        if any(_on_stream(flow, other.skip, block.skip, at) for other in inner) and not gated(block):
             nested.append(Nested(block, "long-skip", next(iter(inner))))
             continue
         chosen.append(block)
         for other in inner:
-            if other.sum.node not in buried:
+            if other.sum.node not in buried and not gated(other):
                 buried.add(other.sum.node)
                 nested.append(Nested(other, "interior", block))
     return chosen[::-1], nested[::-1]

@@ -192,7 +192,7 @@ def _present(flow: Flow, site: Site, found: gates.Found | None) -> Site | None:
         reason = f"its gate, computed from {found.parameter}, is zero now: left alone"
         return replace(site, verdict="gated", code="RZ120", reason=reason)
     name = relative(found.parameter, site.path)
-    ours = name in getattr(flow.module(site.path), "rezero_gates", ())
+    ours = _is_ours(flow, found, site.path)
     state = {True: "zero now", False: "not zero: trained, left alone", None: "left alone"}[found.zero]
     if ours or found.kind == "scalar" or found.zero:
         gate = Gate(None, name, "", "", existing=True, init=None)
@@ -220,6 +220,17 @@ def _gate(
             return Gate(at, "", child, written, False, True, start), [], last or ""
     repair = [Repair(found.parameter, "ones")] if found is not None and found.zero and moved else []
     return Gate(at, "", child, written, init=1.0 if start is None else start), repair, last or ""
+
+
+def is_gated(flow: Flow, block: Block) -> bool:
+    """Whether the block has our gates already, by an earlier run, or is closed by zero scalars."""
+    path = site_of(flow, block.sum, "gated", "").path
+    gate = [gates.existing(flow, branch) for branch in block.branches]
+    return all(found and ((found.kind == "scalar" and found.zero) or _is_ours(flow, found, path)) for found in gate)
+
+
+def _is_ours(flow: Flow, found: gates.Found, owner: str) -> bool:
+    return relative(found.parameter, owner) in getattr(flow.module(owner), "rezero_gates", ())
 
 
 def _is_inside(found: gates.Found, site: Site) -> bool:

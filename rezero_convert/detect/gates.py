@@ -105,9 +105,7 @@ def _gate(flow: Flow, product: int, factor: int, branch: Branch) -> Found | None
             _is_conditional(flow, product, roots[0]),
         )
     layer = _computing_layer(flow, factor)
-    if (
-        layer is None or layer in branch.cuts
-    ):  # crossed by all of the branch: its last layer
+    if layer is None or layer in branch.cuts:  # crossed by all of the branch: its last layer
         return None
     return Found("input", str(flow.nodes[layer].target), product, True)
 
