@@ -532,6 +532,45 @@ def test_positions_added_again_in_each_layer_are_no_skip_and_hide_no_block(make:
     assert len(list(rz.alphas(rz.convert(make(), (vectors(), vectors()))))) == layers
 
 
+class Biased(Linears):
+    """Attention with a bias that all layers share."""
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        scores = self.a(x) @ self.b(x).mT
+        scores += bias
+        return x + self.b(scores.softmax(-1) @ x)
+
+
+class SharedBias(Net):
+    def __init__(self) -> None:
+        super().__init__(one=Biased(), two=Biased(), table=nn.Parameter(torch.randn(3, 3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.table.unsqueeze(0)
+        return self.two(self.one(x, bias), bias)
+
+
+class Latents(Linears):
+    """As in Perceiver: the stream begins as a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__(start=nn.Parameter(torch.randn(3, W)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        start = self.start.expand(2, 3, W)
+        return start + self.b((self.a(start) @ x.mT).softmax(-1) @ x)
+
+
+def test_a_bias_added_to_the_scores_of_each_layer_is_refused_in_each() -> None:
+    found = plan(SharedBias(), vectors())
+    assert [site.code for site in found.sites if segment(site) == "scores += bias"] == ["RZ907"] * 2
+    assert len(found.converted) == 2
+
+
+def test_a_stream_that_begins_as_a_parameter_is_one() -> None:
+    assert only(plan(Latents(), vectors()), "start +").verdict == "converted"
+
+
 def test_a_projection_of_another_input_is_no_shortcut() -> None:
     found = plan(Timed(), vectors(), vectors(2, 1))
     assert [site.verdict for site in found.sites] == ["refused"] * 3
@@ -892,6 +931,135 @@ def test_a_pattern_that_leaves_nothing_says_so() -> None:
     assert {site.code for site in plan(Stages(), vectors(), exclude="Block").sites} == {"RZ900"}
 
 
+# Scaled skips
+
+
+class ScaledSkips(Linears):
+    """As in CAFormer and Doge: the first of two adds scales its skip per channel, the second by a number."""
+
+    def __init__(self) -> None:
+        super().__init__(scale=nn.Parameter(torch.rand(W)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.scale * x + self.a(x)
+        return x * 0.5 + torch.relu(self.b(x))
+
+
+class ScaledParts(Linears):
+    """One part of the input, scaled, and a function of another."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * x[:, 0] + torch.relu(self.a(x[:, 1]))
+
+
+class InitialLayer(Linears):
+    """The first layer's input is mixed in again in each."""
+
+    def __init__(self) -> None:
+        super().__init__(mix=nn.Parameter(torch.tensor([1.0, 0.5])), norm=nn.LayerNorm(W))
+
+    def forward(self, x: Tensor, start: Tensor) -> Tensor:
+        x = self.mix[0] * x + self.mix[1] * start
+        x = x + torch.relu(self.a(self.norm(x)))
+        return x + self.b(torch.relu(x))
+
+
+class InitialState(Net):
+    def __init__(self) -> None:
+        super().__init__(layers=nn.ModuleList(InitialLayer() for _ in range(3)), end=nn.Linear(W, W))
+
+    def forward(self, x: Tensor) -> Tensor:
+        start = x = self.end(x)
+        for layer in self.layers:
+            x = layer(x, start)
+        return x
+
+
+def test_a_scaled_part_beside_another_is_no_skip() -> None:
+    assert only(plan(ScaledParts(), vectors())).verdict == "refused"
+
+
+def test_the_initial_state_mixed_in_hides_no_block() -> None:
+    found = plan(InitialState(), vectors())
+    mixed = [site for site in found.sites if "self.mix" in segment(site)]
+    assert [site.code for site in mixed] == ["RZ902", "RZ130", "RZ130"]
+    assert len(found.converted) == 3 * 2
+
+
+def test_a_scaled_skip_is_an_identity_skip_wherever_its_sum_goes() -> None:
+    sites = plan(ScaledSkips(), vectors()).sites
+    assert [(site.verdict, site.skip_kind) for site in sites] == [("converted", "identity")] * 2
+    assert len(list(rz.alphas(rz.convert(ScaledSkips(), vectors())))) == 2
+
+
+# Adds in modules of their own
+
+
+class Join(nn.Module):
+    def forward(self, f: Tensor, x: Tensor) -> Tensor:
+        return f + x
+
+
+class Mean(nn.Module):
+    def forward(self, f: Tensor, x: Tensor) -> Tensor:
+        return (f * 0.7 + x * 0.3) / 0.5
+
+
+class Joined(Net):
+    """The operands meet in a child that only adds, a projection or a copy of the skip among them."""
+
+    def __init__(self, join: nn.Module, projected: bool) -> None:
+        super().__init__(
+            f=nn.Sequential(nn.Linear(W, W), nn.ReLU(), nn.Linear(W, 4 if projected else W)),
+            short=nn.Linear(W, 4 if projected else W), join=join,
+        )  # fmt: skip
+        self.projected = projected
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = self.short(x) if self.projected else x.clone()
+        return self.join(self.f(x), skip)
+
+
+class JoinedElsewhere(Net):
+    """Skip and branch part two modules above the add, beside another layer."""
+
+    def __init__(self) -> None:
+        super().__init__(f=nn.Sequential(nn.Linear(W, W), nn.ReLU(), nn.Linear(W, 4)), g=nn.Linear(W, 4), join=Deep())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.join(self.f(x), self.g(x))
+
+
+class Deep(Net):
+    def __init__(self) -> None:
+        super().__init__(join=Join(), end=nn.Linear(4, 4))
+
+    def forward(self, f: Tensor, x: Tensor) -> Tensor:
+        return self.end(self.join(f, x))
+
+
+def test_skip_and_branch_that_part_outside_a_module_with_weights_are_refused() -> None:
+    assert only(plan(JoinedElsewhere(), vectors())).code == "RZ904"
+
+
+def test_a_projection_of_the_same_shape_is_no_skip_in_a_module_that_only_adds() -> None:
+    class Parallel(Joined):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.join(self.f(x), self.short(x))
+
+    assert only(plan(Parallel(Join(), projected=False), vectors())).code == "RZ903"
+
+
+@pytest.mark.parametrize(("join", "projected"), [(Join, True), (Join, False), (Mean, False)])
+def test_a_module_that_only_adds_belongs_to_its_caller(join: Any, projected: bool) -> None:
+    model = Joined(join(), projected)
+    site = only(plan(model, vectors()))
+    assert (site.path, site.skip_kind) == ("join", "projection" if projected else "identity")
+    converted = rz.convert(model, vectors())
+    assert [name for name, _ in rz.alphas(converted)] == ["join.alpha"]
+    assert {one.verdict for one in plan(converted, vectors()).sites} == {"gated"}
+
+
 # Gated already
 
 
@@ -980,11 +1148,6 @@ class Scale(Linears):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.gate * self.b(torch.relu(self.a(x)))
-
-
-class Join(nn.Module):
-    def forward(self, f: Tensor, x: Tensor) -> Tensor:
-        return f + x
 
 
 class Switched(Linears):

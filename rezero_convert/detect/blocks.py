@@ -186,7 +186,7 @@ def _by_age(terms: tuple[Term, ...]) -> list[Term]:
 def _with_skip(flow: Flow, whole: Sum, shortcut: Term) -> Iterator[Block | Refusal]:
     """The sum read with `shortcut` as the operand that carries the skip."""
     others = [term for term in whole.terms if term is not shortcut]
-    for start, path in _origins(flow, shortcut.value, owner_call(flow, whole.node)):
+    for start, path in _origins(flow, shortcut.value, _joining_call(flow, whole.node)):
         if any(start > term.value for term in others):
             continue
         branches = tuple(branch for term in others if (branch := _branch(flow, start, term)))
@@ -273,9 +273,11 @@ def _judge(
         if not any(has_weight(flow, node) for node in inside):
             what = describe(flow, branch.term.value)
             return Refusal(whole, "RZ902", f"no linear or convolution weight between the skip and {what}", 1)
+        if flow.constant[skip] and _is_given(flow, skip):
+            return Refusal(whole, "RZ907", f"adds {describe(flow, skip)}, which does not depend on the input", 2)
         if _is_beside(flow, skip, branch.term.value):
             return Refusal(whole, "RZ904", f"{describe(flow, skip)} is added to a stream that does not begin there", 2)
-    if all(flow.name(node) in _COPIES for node in path):
+    if all(_is_scale(flow, node) for node in path):
         return _same_shape(flow, whole, shortcut, skip, branches)
     return _projection(flow, whole, shortcut, skip, path, branches)
 
@@ -295,7 +297,7 @@ def _same_shape(flow: Flow, whole: Sum, shortcut: Term, skip: int, branches: tup
 def _projection(
     flow: Flow, whole: Sum, shortcut: Term, skip: int, path: tuple[int, ...], branches: tuple[Branch, ...]
 ) -> Block | Refusal:
-    """A skip through a projection, pool, slice or scale."""
+    """A skip through a projection, pool or slice."""
     operand = describe(flow, shortcut.value)
     for branch in branches:
         if not any(_is_nonlinear(flow, node) for node in branch.region[1:]):
@@ -307,18 +309,17 @@ def _projection(
         if not around or _reads_other_parts(flow, skip, path[-1], branch):
             parted = describe(flow, split[0] if split else skip)
             return Refusal(whole, "RZ901", f"the branch reads other elements of {parted} than {operand}", 4)
-    call = owner_call(flow, whole.node)
+    call = _joining_call(flow, whole.node)
     if flow.nodes[skip] not in call.inputs and not _within(flow.origin(skip).call, call):
         return Refusal(whole, "RZ904", "skip and branch part outside the module that adds them", 1)
     if not is_flat(call.module) and not _is_output(flow, whole.node, call, path):
         return Refusal(whole, "RZ916", "the sum is not the output of the module that makes it", 2)
     here, there = flow.shape(whole.node), flow.shape(skip)
     certain = here is not None and there is not None
-    mere_scale = all(flow.name(node) in ("mul", "div") or _adds_nothing(flow, node) for node in path)
     moved = all(flow.facts[node].kind in ("layout", "dropout") and flow.name(node) != "choice" for node in path)
-    if certain and here == there and not (mere_scale or moved):
+    if certain and here == there and not moved:
         return Refusal(whole, "RZ903", f"a parallel path of the same shape, {operand}, instead of a skip", 2)
-    same = mere_scale or (moved and certain and prod(here or ()) == prod(there or ()))
+    same = moved and certain and prod(here or ()) == prod(there or ())
     kind: SkipKind = "identity" if same else "slice" if moved else "projection"
     beside = frozenset(flow.index[node] for node in call.inputs) - {skip}
     if kind == "projection" and not all(flow.reaches(b.term.value, skip, avoid=beside) for b in branches):
@@ -331,6 +332,12 @@ def _is_one_convolution(flow: Flow, branch: Branch) -> bool:
     weighted = [node for node in branch.region[1:] if has_weight(flow, node)]
     linear = not any(_is_nonlinear(flow, node) for node in branch.region[1:])
     return linear and len(weighted) == 1 and flow.name(weighted[0]).lower().startswith("conv")
+
+
+def _is_scale(flow: Flow, node: int) -> bool:
+    """Whether a step of a shortcut copies it, multiplies it by a number or parameter, or adds nothing."""
+    name = flow.name(node)
+    return name in _COPIES or name in ("mul", "div") or _adds_nothing(flow, node)
 
 
 def _adds_nothing(flow: Flow, node: int) -> bool:
@@ -376,6 +383,21 @@ def _is_beside(flow: Flow, skip: int, node: int) -> bool:
         else:
             return not flow.reaches(node, skip)
     return node != skip
+
+
+def _is_given(flow: Flow, node: int) -> bool:
+    """Whether a constant is added, in whatever layout, to what is not computed from it: a bias or mask that comes
+    again in each layer, and no stream of its own."""
+    stack = [node]
+    while stack:
+        here = stack.pop()
+        for user in flow.users[here]:
+            others = [term.value for term in operands(flow, user) if term.value != here]
+            if any(not flow.constant[other] and not flow.reaches(other, node) for other in others):
+                return True
+            if flow.facts[user].kind == "layout":
+                stack.append(user)
+    return False
 
 
 def _is_closed(flow: Flow, whole: Sum, skip: int, branch: Branch) -> bool:
@@ -451,6 +473,25 @@ def owner_call(flow: Flow, node: int) -> Call:
     while call is not None and call.path != owner:
         call = call.parent
     return call or here.call
+
+
+def _joining_call(flow: Flow, node: int) -> Call:
+    """The module execution that brings the operands of a sum together: the caller of one that only adds."""
+    call = owner_call(flow, node)
+    while call.parent is not None and not _computes(flow, call, node):
+        call = call.parent
+    return call
+
+
+def _computes(flow: Flow, call: Call, node: int) -> bool:
+    """Whether a module execution holds a weight or norm; `node` is one of its operations."""
+    for step in (range(node, -1, -1), range(node + 1, len(flow.nodes))):
+        for other in step:
+            if not _within(flow.origin(other).call, call):
+                break
+            if has_weight(flow, other) or flow.facts[other].kind == "norm":
+                return True
+    return False
 
 
 def _within(call: Call | None, outer: Call) -> bool:
@@ -531,9 +572,13 @@ def _on_stream(flow: Flow, node: int, start: int, at: dict[int, Block]) -> bool:
         if node in at:
             node = at[node].skip
             continue
+        terms = operands(flow, node)
+        if terms:  # a mean of the stream with itself
+            return all(_on_stream(flow, term.value, start, at) for term in terms)
         sources = [source for source in flow.inputs[node] if not flow.constant[source]]
         kind = flow.facts[node].kind
-        carries = kind in ("layout", "dropout") or (kind in ("activation", "norm") and sources and sources[0] in at)
+        carries = kind in ("layout", "dropout") or _is_scale(flow, node)
+        carries = carries or (kind in ("activation", "norm") and bool(sources) and sources[0] in at)
         if len(sources) != 1 or not carries:
             return False
         node = sources[0]
