@@ -351,6 +351,54 @@ class Coupling(Net):
         return left + torch.relu(self.lin(right))
 
 
+class Reversible(Net):
+    """RevNet: each half of the channels plus a function of the other."""
+
+    def __init__(self) -> None:
+        super().__init__(f=nn.Linear(4, 4), g=nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = x.chunk(2, dim=-1)
+        left = left + torch.relu(self.f(right))
+        right = right + torch.relu(self.g(left))
+        return torch.cat((left, right), dim=-1)
+
+
+class ReversibleLayer(Linears):
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + torch.relu(self.a(y))
+        return x, y + torch.relu(self.b(x))
+
+
+class ReversibleStack(Net):
+    """As in Reformer: two streams through all layers, the same value at the start."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=nn.ModuleList(ReversibleLayer() for _ in range(3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, y = torch.cat((x, x), dim=-1).chunk(2, dim=-1)
+        for layer in self.layers:
+            x, y = layer(x, y)
+        return torch.cat((x, y), dim=-1)
+
+
+class TwoWay(Linears):
+    """As in SAM: queries attend to the image, then it attends to them."""
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + self.a((x @ y.mT).softmax(-1) @ y)
+        return x, y + self.b((y @ x.mT).softmax(-1) @ x)
+
+
+class Conditioned(Linears):
+    """A condition is added inside the branch, as in a diffusion model."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = self.a(x) + t
+        return x + self.b(torch.relu(h))
+
+
 class PositionedLayer(Linears):
     """A layer of DETR: positions are added again in each, to the query only."""
 
@@ -519,6 +567,20 @@ def test_steps_of_a_recurrence_are_refused(make: Any, text: str) -> None:
     sites = [site for site in found.sites if text in segment(site)]
     assert sites
     assert {site.verdict for site in sites} == {"refused"}, [(site.verdict, site.code, site.reason) for site in sites]
+
+
+@pytest.mark.parametrize("make", [Reversible, ReversibleStack])
+def test_reversible_pairs_are_refused_as_a_whole(make: Any) -> None:
+    found = plan(make(), vectors())
+    assert {(site.verdict, site.code) for site in found.sites} == {("refused", "RZ918")}
+    with pytest.warns(rz.NoEffectWarning, match="reversible pair"):
+        rz.convert(make(), vectors())
+
+
+@pytest.mark.parametrize(("make", "blocks"), [(TwoWay, 2), (Conditioned, 1)])
+def test_streams_that_read_each_other_and_themselves_are_no_reversible_pair(make: Any, blocks: int) -> None:
+    assert len(plan(make(), vectors(), vectors()).converted) == blocks
+    assert len(list(rz.alphas(rz.convert(make(), (vectors(), vectors()))))) == blocks
 
 
 @pytest.mark.parametrize("make", [Positioned, PositionedFirst, PositionedQueries, PositionedStream])

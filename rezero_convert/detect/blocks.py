@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
@@ -26,6 +26,8 @@ _PARTS = frozenset({"getitem", "narrow", "select", "slice"})
 _COPIES = frozenset({"clone", "contiguous", "to", "type_as", "float", "double", "half", "bfloat16", "Identity"})
 _LINEAR_KINDS = frozenset({"linear", "norm", "pool", "pad", "layout", "dropout"})
 _REDUCTIONS = frozenset({"amax", "max", "mean"})  # over windows that a change of layout made: a pool, written out
+
+_HALF = "half of a reversible pair of adds: what recomputes its operands from the results does not know of gates"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,10 @@ def find(flow: Flow, gated: Callable[[Block], bool]) -> tuple[list[Block], list[
                 blocks.append(result)
             else:
                 refusals.append(result)
+    coupled = _reversible(flow, blocks)
+    refusals = [replace(one, code="RZ918", reason=_HALF) if one.sum.node in coupled else one for one in refusals]
+    refusals += [Refusal(block.sum, "RZ918", _HALF) for block in blocks if block.sum.node in coupled]
+    blocks = [block for block in blocks if block.sum.node not in coupled]
     chosen, nested = _nesting(flow, blocks, gated)
     return chosen, refusals, nested
 
@@ -532,6 +538,31 @@ def _is_carried_by(flow: Flow, node: int, user: int, start: int, wholes: frozens
     return not others and (flow.facts[user].kind == "layout" or flow.name(user) in ("mul", "div"))
 
 
+def _reversible(flow: Flow, blocks: list[Block]) -> set[int]:
+    """The sums of reversible pairs, `p = a + f(b)` and `q = b + g(p)`, where p is read elsewhere too."""
+    found: set[int] = set()
+    for block in blocks:
+        for branch in block.branches:
+            inside = set(branch.region)
+            for node in branch.cuts[:-1]:
+                if _leaves(flow, node, inside) and _is_coupled(flow, node, block.skip):
+                    found |= {node, block.sum.node}
+    return found
+
+
+def _leaves(flow: Flow, node: int, inside: set[int]) -> bool:
+    """Whether a value is read elsewhere too."""
+    return flow.nodes[node] in flow.trace.root.outputs or any(user not in inside for user in flow.users[node])
+
+
+def _is_coupled(flow: Flow, node: int, other: int) -> bool:
+    """Whether a sum adds to one value what is computed from another one alone."""
+    terms = {term.value: flow.reaches(term.value, other) for term in operands(flow, node)}
+    own = [value for value, derived in terms.items() if not derived and not flow.constant[value]]
+    rest = [value for value, derived in terms.items() if derived]
+    return len(own) == len(rest) == 1 and not flow.reaches(rest[0], own[0], avoid=frozenset({other}))
+
+
 def _nesting(flow: Flow, blocks: list[Block], gated: Callable[[Block], bool]) -> tuple[list[Block], list[Nested]]:
     """Sort out blocks within blocks, outermost first.
 
@@ -551,7 +582,7 @@ def _nesting(flow: Flow, blocks: list[Block], gated: Callable[[Block], bool]) ->
             nested.append(Nested(block, "long-skip", next(iter(inner))))
             continue
         chosen.append(block)
-        for other in inner:
+        for other in _interior(flow, block, inner, at):
             if other.sum.node not in buried and not gated(other):
                 buried.add(other.sum.node)
                 nested.append(Nested(other, "interior", block))
@@ -563,6 +594,21 @@ def _inner(block: Block, at: dict[int, Block]) -> list[Block]:
     found = []
     for branch in block.branches:
         found += [at[node] for node in branch.region[1:] if node in at]
+    return found
+
+
+def _interior(flow: Flow, block: Block, inner: list[Block], at: dict[int, Block]) -> list[Block]:
+    """The inner blocks whose stream ends on the branches of `block`; one that goes on beside it is a stream of its own
+    (two-way attention)."""
+    inside = {block.sum.node, *block.sum.inner}.union(*(branch.region for branch in block.branches))
+    found: list[Block] = []
+    going_on: list[Block] = []
+    for other in sorted(inner, key=lambda one: one.sum.node, reverse=True):
+        node = other.sum.node
+        if _leaves(flow, node, inside) or any(_on_stream(flow, one.skip, node, at) for one in going_on):
+            going_on.append(other)
+        else:
+            found.append(other)
     return found
 
 
