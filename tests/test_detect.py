@@ -12,6 +12,9 @@ from nets import Linears, Net, W, images, only, plan, segment, vectors
 from torch import Tensor, nn
 
 import rezero_convert as rz
+import rezero_convert.detect as detector
+from rezero_convert import sources
+from rezero_convert.capture.static import traces
 
 # Adds that look residual
 
@@ -1280,6 +1283,27 @@ def test_a_block_that_is_zero_otherwise_is_left_and_the_others_are_converted(
 def test_a_factor_that_is_not_zero_holds_nothing_back(make: Any) -> None:
     assert plan(make(), vectors()).converted
     assert len(list(rz.alphas(rz.convert(make(), vectors())))) == 1
+
+
+# Paths that did not run
+
+
+def test_the_text_of_a_class_is_read_once_for_several_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(detector, "traces", lambda file, only: read.extend(only) or traces(file, only))
+    sources.forget()
+    model, x = nn.TransformerEncoderLayer(W, 2, W, batch_first=True).eval(), vectors()
+    first = plan(model, x)
+    assert plan(model, x) == first
+    assert read == ["TransformerEncoderLayer"]
+    other = plan(model, x, drop_norm="none")
+    assert read == ["TransformerEncoderLayer"] * 2  # other options have findings of their own
+    assert [norm.action for site in other.of("not-executed") for norm in site.norms] != [
+        norm.action for site in first.of("not-executed") for norm in site.norms
+    ]
+    sources.forget()
+    plan(model, x)
+    assert len(read) == 3
 
 
 # Sums in other places

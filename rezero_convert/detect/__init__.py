@@ -7,8 +7,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from .. import known
-from ..capture.static import exclusive
+from .. import known, sources
+from ..capture.static import exclusive, traces
 from ..capture.trace import Frame, Trace, origin
 from ..plan import Gate, Norm, Options, Place, Plan, Site, Span
 from . import arms, code, loops, names, norms
@@ -92,8 +92,15 @@ def _unexecuted(flow: Flow, drafts: list[Draft], options: Options) -> list[arms.
         if frames and frames[-1].owner is not None and frames[-1].span not in flow.trace.generated:
             path = frames[-1].owner
             ran.setdefault((path, class_name(flow, path)), set()).add(frames[-1].place)
-    read = arms.reader(lambda trace: detect(trace, options), executed)
+    read = arms.reader(partial(_static, options), executed)
     return list(arms.unexecuted(ran, (draft.site for draft in drafts), executed, read))
+
+
+@sources.cached
+def _static(options: Options, file: str, cls: str) -> tuple[Site, ...]:
+    """The findings of a class by itself, from its text."""
+    found = traces(file, only=frozenset({cls}))
+    return tuple(site for trace in found for site in detect(trace, options).sites if site.path == "")
 
 
 def _settle_norms(flow: Flow, drafts: list[Draft], others: list[arms.Arm]) -> list[Draft]:
