@@ -807,12 +807,78 @@ def test_a_unet_keeps_its_merge_and_loses_no_block() -> None:
     assert len(list(rz.alphas(rz.convert(UNet(), images())))) == 3
 
 
+class LowRank(Net):
+    """Products with weights that are parameters of the module itself."""
+
+    def __init__(self) -> None:
+        super().__init__(p=nn.Parameter(torch.randn(W, W)), q=nn.Parameter(torch.randn(W, W)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x) @ self.p + torch.tanh(x) @ self.q
+
+
+class Routed(Experts):
+    """Each token goes to the experts with the best scores."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = self.gate(x).softmax(-1).topk(1, dim=-1)
+        routed = weights * torch.where(chosen > 0, self.first(x), self.second(x))
+        return routed + self.shared(x)
+
+
+class Exchange(Net):
+    """Two resolutions of one image, merged."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            high=nn.Conv2d(W, W, 3, padding=1),
+            low=nn.Conv2d(W, W, 3, 2, padding=1),
+            step=nn.Conv2d(W, W, 3, 2, padding=1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.step(torch.relu(self.high(x)))) + torch.relu(self.low(x))
+
+
+class Pooled(Linears):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x + F.avg_pool1d(x, 3, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("make", "text", "reason"),
+    [
+        (RotaryBuffers, "q * self.cos", "parts of the skip times constants, as in a rotation"),
+        (PolynomialGelu, "0.0447", "a pointwise function of the skip, as in an activation"),
+        (Snake, "torch.sin", "a pointwise function of the skip, as in an activation"),
+        (GlobalResponse, "+ x", "the skip is scaled by statistics of its own"),
+        (Pooled, "x +", "the skip is only pooled"),
+    ],
+)
+def test_it_is_told_what_a_branch_without_weights_is(make: Any, text: str, reason: str) -> None:
+    assert only(plan(make(), vectors()), text).reason.rpartition(": ")[2] == reason
+
+
 @pytest.mark.parametrize(
     ("make", "inputs", "text", "reason"),
     [
         (TwoStreams, two, "self.a(x)", "they come from different inputs"),
         (Experts, one, "routed +", "all are computed from the input x, none from another"),
         (Highway, one, "(1 - t) * x", "a mean of two values, with sigmoid(...) and its complement"),
+        (Disentangled, one, "q @ k.mT +", "products of queries and keys, the scores of an attention"),
+        (LowRank, one, "self.p +", "all are computed from the input x, none from another"),
+        (
+            Routed,
+            one,
+            "routed +",
+            "all are computed from the input x, none from another, one of them by routing: rows chosen by their scores",
+        ),
+        (
+            Exchange,
+            image,
+            "self.low(x)",
+            "all are computed from the input x, none from another, at several resolutions",
+        ),
     ],
 )
 def test_it_is_told_how_independent_operands_are_related(make: Any, inputs: Any, text: str, reason: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
@@ -12,6 +12,7 @@ from ..capture.trace import Call
 from ..plan import Operand
 from . import code
 from .flow import Flow
+from .patterns import POINTWISE
 from .sums import Sum, Term, halves, operands, sums
 
 SkipKind = Literal["identity", "projection", "slice"]
@@ -25,6 +26,8 @@ _SPLITS = frozenset({"split", "chunk", "unbind", "tensor_split"})
 _PARTS = frozenset({"getitem", "narrow", "select", "slice"})
 _COPIES = frozenset({"clone", "contiguous", "to", "type_as", "float", "double", "half", "bfloat16", "Identity"})
 _LINEAR_KINDS = frozenset({"linear", "norm", "pool", "pad", "layout", "dropout"})
+_STATISTICS = frozenset({"mean", "norm", "linalg_norm", "vector_norm", "linalg_vector_norm", "var", "std"})
+_ROUTING = frozenset({"topk", "index_add", "scatter_add", "index_put"})
 _REDUCTIONS = frozenset({"amax", "max", "mean"})  # over windows that a change of layout made: a pool, written out
 
 _HALF = "half of a reversible pair of adds: what recomputes its operands from the results does not know of gates"
@@ -161,10 +164,41 @@ def _beside_each_other(flow: Flow, whole: Sum) -> str:
     for gate in frozenset().union(*factors):
         if _complement(flow, gate) in frozenset().union(*factors):
             return f"a mean of two values, with {describe(flow, _complement(flow, gate) or gate)} and its complement"
+    if all(_is_score(flow, value) for value in values):
+        return "products of queries and keys, the scores of an attention"
     meeting = flow.meeting(values)
     if meeting is None:
         return "they come from different inputs"
-    return f"all are computed from {describe(flow, meeting)}, none from another"
+    nodes = [node for value in values for node in flow.region(meeting, value)[1:]]
+    routed = ", one of them by routing: rows chosen by their scores" if _any_named(flow, nodes, _ROUTING) else ""
+    scales = ", at several resolutions" if any(_changes_resolution(flow, node) for node in nodes) else ""
+    return f"all are computed from {describe(flow, meeting)}, none from another{routed or scales}"
+
+
+def _is_score(flow: Flow, node: int) -> bool:
+    """Whether a value is a matrix product that no weight takes part in, scaled, gathered or summed up."""
+    terms = operands(flow, node)
+    if terms:
+        return all(_is_score(flow, term.value) for term in terms)
+    if flow.name(node) in _MATRIX_PRODUCTS:
+        return not has_weight(flow, node) or all(len(flow.shape(source) or ()) > 2 for source in flow.inputs[node])
+    sources = [source for source in flow.inputs[node] if not flow.constant[source]]
+    passes = flow.facts[node].kind == "layout" or flow.name(node) == "gather" or _is_scale(flow, node)
+    return len(sources) == 1 and passes and _is_score(flow, sources[0])
+
+
+def _changes_resolution(flow: Flow, node: int) -> bool:
+    """Whether a node upsamples, or is a convolution with strides."""
+    if _is_upsampling(flow, node):
+        return True
+    if flow.facts[node].kind != "linear" or not flow.inputs[node]:
+        return False
+    here, there = flow.shape(node), flow.shape(flow.inputs[node][0])
+    return here is not None and there is not None and len(here) == len(there) == 4 and 2 * here[-1] <= there[-1]
+
+
+def _any_named(flow: Flow, nodes: Iterable[int], names: frozenset[str]) -> bool:
+    return any(flow.name(node) in names for node in nodes)
 
 
 def _complement(flow: Flow, node: int) -> int | None:
@@ -277,7 +311,7 @@ def _judge(
         if _is_upsampled(flow, branch, path) and not _is_closed(flow, whole, skip, branch):
             return Refusal(whole, "RZ905", "merges resolutions: there is upsampling between the operands", 3)
         if not any(has_weight(flow, node) for node in inside):
-            what = describe(flow, branch.term.value)
+            what = f"{describe(flow, branch.term.value)}{_without_weight(flow, inside)}"
             return Refusal(whole, "RZ902", f"no linear or convolution weight between the skip and {what}", 1)
         if flow.constant[skip] and _is_given(flow, skip):
             return Refusal(whole, "RZ907", f"adds {describe(flow, skip)}, which does not depend on the input", 2)
@@ -286,6 +320,24 @@ def _judge(
     if all(_is_scale(flow, node) for node in path):
         return _same_shape(flow, whole, shortcut, skip, branches)
     return _projection(flow, whole, shortcut, skip, path, branches)
+
+
+def _without_weight(flow: Flow, nodes: tuple[int, ...]) -> str:
+    """What kind of function a branch without weights is, as far as its operations tell."""
+    kinds = {flow.facts[node].kind for node in nodes}
+    if all(flow.name(node) in POINTWISE or flow.facts[node].kind in ("activation", "dropout") for node in nodes):
+        return ": a pointwise function of the skip, as in an activation"
+    if "pool" in kinds:
+        return ": the skip is only pooled"
+    if _any_named(flow, nodes, _STATISTICS):
+        return ": the skip is scaled by statistics of its own"
+    if (
+        "layout" in kinds
+        and _any_named(flow, nodes, frozenset({"mul"}))
+        and not any(_is_nonlinear(flow, n) for n in nodes)
+    ):
+        return ": parts of the skip times constants, as in a rotation"
+    return ""
 
 
 def _same_shape(flow: Flow, whole: Sum, shortcut: Term, skip: int, branches: tuple[Branch, ...]) -> Block | Refusal:
