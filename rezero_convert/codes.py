@@ -30,4 +30,5 @@ CODES: dict[str, str] = {
     "RZ915": "cannot be decided without running the model: pass --model and --inputs",
     "RZ916": "a merge inside a larger structure: the sum is not what the module returns",
     "RZ917": "shares its text with an instance that cannot be gated",
+    "RZ918": "half of a reversible pair of adds",
 }

@@ -12,6 +12,9 @@ from nets import Linears, Net, W, images, only, plan, segment, vectors
 from torch import Tensor, nn
 
 import rezero_convert as rz
+import rezero_convert.detect as detector
+from rezero_convert import sources
+from rezero_convert.capture.static import traces
 
 # Adds that look residual
 
@@ -351,6 +354,54 @@ class Coupling(Net):
         return left + torch.relu(self.lin(right))
 
 
+class Reversible(Net):
+    """RevNet: each half of the channels plus a function of the other."""
+
+    def __init__(self) -> None:
+        super().__init__(f=nn.Linear(4, 4), g=nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = x.chunk(2, dim=-1)
+        left = left + torch.relu(self.f(right))
+        right = right + torch.relu(self.g(left))
+        return torch.cat((left, right), dim=-1)
+
+
+class ReversibleLayer(Linears):
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + torch.relu(self.a(y))
+        return x, y + torch.relu(self.b(x))
+
+
+class ReversibleStack(Net):
+    """As in Reformer: two streams through all layers, the same value at the start."""
+
+    def __init__(self) -> None:
+        super().__init__(layers=nn.ModuleList(ReversibleLayer() for _ in range(3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, y = torch.cat((x, x), dim=-1).chunk(2, dim=-1)
+        for layer in self.layers:
+            x, y = layer(x, y)
+        return torch.cat((x, y), dim=-1)
+
+
+class TwoWay(Linears):
+    """As in SAM: queries attend to the image, then it attends to them."""
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + self.a((x @ y.mT).softmax(-1) @ y)
+        return x, y + self.b((y @ x.mT).softmax(-1) @ x)
+
+
+class Conditioned(Linears):
+    """A condition is added inside the branch, as in a diffusion model."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        h = self.a(x) + t
+        return x + self.b(torch.relu(h))
+
+
 class PositionedLayer(Linears):
     """A layer of DETR: positions are added again in each, to the query only."""
 
@@ -521,6 +572,20 @@ def test_steps_of_a_recurrence_are_refused(make: Any, text: str) -> None:
     assert {site.verdict for site in sites} == {"refused"}, [(site.verdict, site.code, site.reason) for site in sites]
 
 
+@pytest.mark.parametrize("make", [Reversible, ReversibleStack])
+def test_reversible_pairs_are_refused_as_a_whole(make: Any) -> None:
+    found = plan(make(), vectors())
+    assert {(site.verdict, site.code) for site in found.sites} == {("refused", "RZ918")}
+    with pytest.warns(rz.NoEffectWarning, match="reversible pair"):
+        rz.convert(make(), vectors())
+
+
+@pytest.mark.parametrize(("make", "blocks"), [(TwoWay, 2), (Conditioned, 1)])
+def test_streams_that_read_each_other_and_themselves_are_no_reversible_pair(make: Any, blocks: int) -> None:
+    assert len(plan(make(), vectors(), vectors()).converted) == blocks
+    assert len(list(rz.alphas(rz.convert(make(), (vectors(), vectors()))))) == blocks
+
+
 @pytest.mark.parametrize("make", [Positioned, PositionedFirst, PositionedQueries, PositionedStream])
 def test_positions_added_again_in_each_layer_are_no_skip_and_hide_no_block(make: Any) -> None:
     found = plan(make(), vectors(), vectors())
@@ -530,6 +595,45 @@ def test_positions_added_again_in_each_layer_are_no_skip_and_hide_no_block(make:
     layers = len([name for name, module in make().named_modules() if isinstance(module, (Block, PositionedLayer))])
     assert len(found.converted) == layers
     assert len(list(rz.alphas(rz.convert(make(), (vectors(), vectors()))))) == layers
+
+
+class Biased(Linears):
+    """Attention with a bias that all layers share."""
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        scores = self.a(x) @ self.b(x).mT
+        scores += bias
+        return x + self.b(scores.softmax(-1) @ x)
+
+
+class SharedBias(Net):
+    def __init__(self) -> None:
+        super().__init__(one=Biased(), two=Biased(), table=nn.Parameter(torch.randn(3, 3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.table.unsqueeze(0)
+        return self.two(self.one(x, bias), bias)
+
+
+class Latents(Linears):
+    """As in Perceiver: the stream begins as a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__(start=nn.Parameter(torch.randn(3, W)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        start = self.start.expand(2, 3, W)
+        return start + self.b((self.a(start) @ x.mT).softmax(-1) @ x)
+
+
+def test_a_bias_added_to_the_scores_of_each_layer_is_refused_in_each() -> None:
+    found = plan(SharedBias(), vectors())
+    assert [site.code for site in found.sites if segment(site) == "scores += bias"] == ["RZ907"] * 2
+    assert len(found.converted) == 2
+
+
+def test_a_stream_that_begins_as_a_parameter_is_one() -> None:
+    assert only(plan(Latents(), vectors()), "start +").verdict == "converted"
 
 
 def test_a_projection_of_another_input_is_no_shortcut() -> None:
@@ -682,11 +786,77 @@ def test_a_residual_sum_on_another_stream_inside_a_branch_is_interior(make: Any,
     assert len(list(rz.alphas(rz.convert(make(), vectors())))) == 1
 
 
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [(Interior, {}), (PreNormInterior, {}), (LongSkip, {}), (LongSkipBare, {}), (LongSkip, {"long_skips": True})],
+)
+def test_a_second_run_decides_as_the_first(make: Any, options: dict[str, Any]) -> None:
+    once = rz.convert(make(), vectors(), **options)
+    found = plan(once, vectors(), **options)
+    assert not found.converted, [(segment(site), site.form) for site in found.converted]
+    gates = [gate.alpha for site in found.of("gated") for gate in site.gates]
+    assert len(gates) == len(list(rz.alphas(once)))
+    with pytest.warns(rz.NoEffectWarning):
+        assert len(list(rz.alphas(rz.convert(once, vectors(), **options)))) == len(gates)
+
+
 def test_a_unet_keeps_its_merge_and_loses_no_block() -> None:
     found = plan(UNet(), images())
     assert only(found, "x + y").code == "RZ905"
     assert sorted(site.path for site in found.converted) == ["end", "low", "top"]
     assert len(list(rz.alphas(rz.convert(UNet(), images())))) == 3
+
+
+class LowRank(Net):
+    """Products with weights that are parameters of the module itself."""
+
+    def __init__(self) -> None:
+        super().__init__(p=nn.Parameter(torch.randn(W, W)), q=nn.Parameter(torch.randn(W, W)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x) @ self.p + torch.tanh(x) @ self.q
+
+
+class Routed(Experts):
+    """Each token goes to the experts with the best scores."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = self.gate(x).softmax(-1).topk(1, dim=-1)
+        routed = weights * torch.where(chosen > 0, self.first(x), self.second(x))
+        return routed + self.shared(x)
+
+
+class Exchange(Net):
+    """Two resolutions of one image, merged."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            high=nn.Conv2d(W, W, 3, padding=1),
+            low=nn.Conv2d(W, W, 3, 2, padding=1),
+            step=nn.Conv2d(W, W, 3, 2, padding=1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.step(torch.relu(self.high(x)))) + torch.relu(self.low(x))
+
+
+class Pooled(Linears):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x + F.avg_pool1d(x, 3, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("make", "text", "reason"),
+    [
+        (RotaryBuffers, "q * self.cos", "parts of the skip times constants, as in a rotation"),
+        (PolynomialGelu, "0.0447", "a pointwise function of the skip, as in an activation"),
+        (Snake, "torch.sin", "a pointwise function of the skip, as in an activation"),
+        (GlobalResponse, "+ x", "the skip is scaled by statistics of its own"),
+        (Pooled, "x +", "the skip is only pooled"),
+    ],
+)
+def test_it_is_told_what_a_branch_without_weights_is(make: Any, text: str, reason: str) -> None:
+    assert only(plan(make(), vectors()), text).reason.rpartition(": ")[2] == reason
 
 
 @pytest.mark.parametrize(
@@ -695,6 +865,20 @@ def test_a_unet_keeps_its_merge_and_loses_no_block() -> None:
         (TwoStreams, two, "self.a(x)", "they come from different inputs"),
         (Experts, one, "routed +", "all are computed from the input x, none from another"),
         (Highway, one, "(1 - t) * x", "a mean of two values, with sigmoid(...) and its complement"),
+        (Disentangled, one, "q @ k.mT +", "products of queries and keys, the scores of an attention"),
+        (LowRank, one, "self.p +", "all are computed from the input x, none from another"),
+        (
+            Routed,
+            one,
+            "routed +",
+            "all are computed from the input x, none from another, one of them by routing: rows chosen by their scores",
+        ),
+        (
+            Exchange,
+            image,
+            "self.low(x)",
+            "all are computed from the input x, none from another, at several resolutions",
+        ),
     ],
 )
 def test_it_is_told_how_independent_operands_are_related(make: Any, inputs: Any, text: str, reason: str) -> None:
@@ -878,6 +1062,135 @@ def test_a_pattern_that_leaves_nothing_says_so() -> None:
     assert {site.code for site in plan(Stages(), vectors(), exclude="Block").sites} == {"RZ900"}
 
 
+# Scaled skips
+
+
+class ScaledSkips(Linears):
+    """As in CAFormer and Doge: the first of two adds scales its skip per channel, the second by a number."""
+
+    def __init__(self) -> None:
+        super().__init__(scale=nn.Parameter(torch.rand(W)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.scale * x + self.a(x)
+        return x * 0.5 + torch.relu(self.b(x))
+
+
+class ScaledParts(Linears):
+    """One part of the input, scaled, and a function of another."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * x[:, 0] + torch.relu(self.a(x[:, 1]))
+
+
+class InitialLayer(Linears):
+    """The first layer's input is mixed in again in each."""
+
+    def __init__(self) -> None:
+        super().__init__(mix=nn.Parameter(torch.tensor([1.0, 0.5])), norm=nn.LayerNorm(W))
+
+    def forward(self, x: Tensor, start: Tensor) -> Tensor:
+        x = self.mix[0] * x + self.mix[1] * start
+        x = x + torch.relu(self.a(self.norm(x)))
+        return x + self.b(torch.relu(x))
+
+
+class InitialState(Net):
+    def __init__(self) -> None:
+        super().__init__(layers=nn.ModuleList(InitialLayer() for _ in range(3)), end=nn.Linear(W, W))
+
+    def forward(self, x: Tensor) -> Tensor:
+        start = x = self.end(x)
+        for layer in self.layers:
+            x = layer(x, start)
+        return x
+
+
+def test_a_scaled_part_beside_another_is_no_skip() -> None:
+    assert only(plan(ScaledParts(), vectors())).verdict == "refused"
+
+
+def test_the_initial_state_mixed_in_hides_no_block() -> None:
+    found = plan(InitialState(), vectors())
+    mixed = [site for site in found.sites if "self.mix" in segment(site)]
+    assert [site.code for site in mixed] == ["RZ902", "RZ130", "RZ130"]
+    assert len(found.converted) == 3 * 2
+
+
+def test_a_scaled_skip_is_an_identity_skip_wherever_its_sum_goes() -> None:
+    sites = plan(ScaledSkips(), vectors()).sites
+    assert [(site.verdict, site.skip_kind) for site in sites] == [("converted", "identity")] * 2
+    assert len(list(rz.alphas(rz.convert(ScaledSkips(), vectors())))) == 2
+
+
+# Adds in modules of their own
+
+
+class Join(nn.Module):
+    def forward(self, f: Tensor, x: Tensor) -> Tensor:
+        return f + x
+
+
+class Mean(nn.Module):
+    def forward(self, f: Tensor, x: Tensor) -> Tensor:
+        return (f * 0.7 + x * 0.3) / 0.5
+
+
+class Joined(Net):
+    """The operands meet in a child that only adds, a projection or a copy of the skip among them."""
+
+    def __init__(self, join: nn.Module, projected: bool) -> None:
+        super().__init__(
+            f=nn.Sequential(nn.Linear(W, W), nn.ReLU(), nn.Linear(W, 4 if projected else W)),
+            short=nn.Linear(W, 4 if projected else W), join=join,
+        )  # fmt: skip
+        self.projected = projected
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = self.short(x) if self.projected else x.clone()
+        return self.join(self.f(x), skip)
+
+
+class JoinedElsewhere(Net):
+    """Skip and branch part two modules above the add, beside another layer."""
+
+    def __init__(self) -> None:
+        super().__init__(f=nn.Sequential(nn.Linear(W, W), nn.ReLU(), nn.Linear(W, 4)), g=nn.Linear(W, 4), join=Deep())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.join(self.f(x), self.g(x))
+
+
+class Deep(Net):
+    def __init__(self) -> None:
+        super().__init__(join=Join(), end=nn.Linear(4, 4))
+
+    def forward(self, f: Tensor, x: Tensor) -> Tensor:
+        return self.end(self.join(f, x))
+
+
+def test_skip_and_branch_that_part_outside_a_module_with_weights_are_refused() -> None:
+    assert only(plan(JoinedElsewhere(), vectors())).code == "RZ904"
+
+
+def test_a_projection_of_the_same_shape_is_no_skip_in_a_module_that_only_adds() -> None:
+    class Parallel(Joined):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.join(self.f(x), self.short(x))
+
+    assert only(plan(Parallel(Join(), projected=False), vectors())).code == "RZ903"
+
+
+@pytest.mark.parametrize(("join", "projected"), [(Join, True), (Join, False), (Mean, False)])
+def test_a_module_that_only_adds_belongs_to_its_caller(join: Any, projected: bool) -> None:
+    model = Joined(join(), projected)
+    site = only(plan(model, vectors()))
+    assert (site.path, site.skip_kind) == ("join", "projection" if projected else "identity")
+    converted = rz.convert(model, vectors())
+    assert [name for name, _ in rz.alphas(converted)] == ["join.alpha"]
+    assert {one.verdict for one in plan(converted, vectors()).sites} == {"gated"}
+
+
 # Gated already
 
 
@@ -938,6 +1251,125 @@ def test_a_gate_that_was_there_is_left_alone(make: Any) -> None:
     assert "gate" in site.reason
     with pytest.warns(rz.NoEffectWarning, match="gated already"):
         assert torch.equal(rz.convert(model, vectors()).gate, model.gate)
+
+
+class Offset(Linears):
+    """A gate that is zero because something is added to its parameter."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__(gate=nn.Parameter(torch.full((W,), value)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + (self.gate + 1.0) * self.b(torch.relu(self.a(x)))
+
+
+class ScaleElsewhere(Net):
+    """The gate is in one module, the add in the next."""
+
+    def __init__(self) -> None:
+        super().__init__(scale=Scale(), join=Join())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.join(self.scale(x), x)
+
+
+class Scale(Linears):
+    def __init__(self) -> None:
+        super().__init__(gate=nn.Parameter(torch.zeros(W)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gate * self.b(torch.relu(self.a(x)))
+
+
+class Switched(Linears):
+    """A branch that a buffer turns off."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.register_buffer("switch", torch.full((1,), value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.switch * self.b(torch.relu(self.a(x)))
+
+
+class ZeroLast(Linears):
+    """The last layer starts at zero, and a number scales what it gives."""
+
+    def __init__(self) -> None:
+        super().__init__(factor=0.5)
+        nn.init.zeros_(self.b.weight)
+        nn.init.zeros_(self.b.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.factor * self.b(torch.relu(self.a(x)))
+
+
+class ZeroLastScaled(ZeroLast):
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.full((2, 1, 1), 0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.b(torch.relu(self.a(x))) * self.factor
+
+
+def test_a_zero_initialised_last_layer_behind_a_number_is_no_gate() -> None:
+    site = only(plan(ZeroLast(), vectors()), "x + self.factor")
+    assert (site.verdict, [repair.parameter for repair in site.repairs]) == ("converted", ["b.weight"])
+    assert len(list(rz.alphas(rz.convert(ZeroLast(), vectors())))) == 1
+
+
+def test_a_zero_initialised_last_layer_behind_a_parameter_is_repaired() -> None:
+    site = only(plan(ZeroLastScaled(), vectors()), "x + self.b")
+    assert site.code != "RZ908"
+    assert len(list(rz.alphas(rz.convert(ZeroLastScaled(), vectors())))) == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "verdict", "code", "word"),
+    [
+        (lambda: Offset(-1.0), "gated", "RZ120", "gate"),
+        (ScaleElsewhere, "gated", "RZ120", "scale.gate"),
+        (lambda: Switched(0.0), "refused", "RZ913", "switch"),
+    ],
+)
+def test_a_block_that_is_zero_otherwise_is_left_and_the_others_are_converted(
+    make: Any, verdict: str, code: str, word: str
+) -> None:
+    model = nn.Sequential(make(), Block())
+    left, converted = sorted(plan(model, vectors()).sites, key=lambda site: site.verdict == "converted")
+    assert (left.verdict, left.code) == (verdict, code)
+    assert word in left.reason
+    assert not left.gates
+    assert converted.path == "1"
+    assert [name for name, _ in rz.alphas(rz.convert(model, vectors()))] == ["1.alpha"]
+
+
+@pytest.mark.parametrize("make", [lambda: Offset(-0.5), lambda: Switched(0.5)])
+def test_a_factor_that_is_not_zero_holds_nothing_back(make: Any) -> None:
+    assert plan(make(), vectors()).converted
+    assert len(list(rz.alphas(rz.convert(make(), vectors())))) == 1
+
+
+# Paths that did not run
+
+
+def test_the_text_of_a_class_is_read_once_for_several_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(detector, "traces", lambda file, only: read.extend(only) or traces(file, only))
+    sources.forget()
+    model, x = nn.TransformerEncoderLayer(W, 2, W, batch_first=True).eval(), vectors()
+    first = plan(model, x)
+    assert plan(model, x) == first
+    assert read == ["TransformerEncoderLayer"]
+    other = plan(model, x, drop_norm="none")
+    assert read == ["TransformerEncoderLayer"] * 2  # other options have findings of their own
+    assert [norm.action for site in other.of("not-executed") for norm in site.norms] != [
+        norm.action for site in first.of("not-executed") for norm in site.norms
+    ]
+    sources.forget()
+    plan(model, x)
+    assert len(read) == 3
 
 
 # Sums in other places

@@ -7,13 +7,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from .. import known
-from ..capture.static import exclusive
+from .. import known, sources
+from ..capture.static import exclusive, traces
 from ..capture.trace import Frame, Trace, origin
 from ..plan import Gate, Norm, Options, Place, Plan, Site, Span
 from . import arms, code, loops, names, norms
 from .blocks import Block, Nested, Refusal, find, owner_call
-from .drafts import Draft, class_name, frame_of, of_block, relative, request, site_of, unwanted
+from .drafts import Draft, class_name, frame_of, is_gated, of_block, relative, request, site_of, unwanted
 from .flow import Flow, flow
 
 __all__ = ["detect"]
@@ -28,7 +28,7 @@ def detect(trace: Trace, options: Options | None = None) -> Plan:
     """
     options = options or Options()
     facts = flow(trace, options.norm_types)
-    blocks, refusals, nested = find(facts)
+    blocks, refusals, nested = find(facts, partial(is_gated, facts))
     gated_long = [one.block for one in nested if options.long_skips and one.verdict == "long-skip"]
     drafts = [of_block(facts, block, options) for block in (*blocks, *gated_long)]
     drafts = _post_norms(facts, drafts, options)
@@ -92,8 +92,15 @@ def _unexecuted(flow: Flow, drafts: list[Draft], options: Options) -> list[arms.
         if frames and frames[-1].owner is not None and frames[-1].span not in flow.trace.generated:
             path = frames[-1].owner
             ran.setdefault((path, class_name(flow, path)), set()).add(frames[-1].place)
-    read = arms.reader(lambda trace: detect(trace, options), executed)
+    read = arms.reader(partial(_static, options), executed)
     return list(arms.unexecuted(ran, (draft.site for draft in drafts), executed, read))
+
+
+@sources.cached
+def _static(options: Options, file: str, cls: str) -> tuple[Site, ...]:
+    """The findings of a class by itself, from its text."""
+    found = traces(file, only=frozenset({cls}))
+    return tuple(site for trace in found for site in detect(trace, options).sites if site.path == "")
 
 
 def _settle_norms(flow: Flow, drafts: list[Draft], others: list[arms.Arm]) -> list[Draft]:

@@ -13,10 +13,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from .. import sources
-from ..capture.static import adds, exclusive, traces
-from ..capture.trace import Trace
+from ..capture.static import adds, exclusive
 from ..errors import ConversionError
-from ..plan import Gate, Norm, Operand, Place, Plan, Site, Span
+from ..plan import Gate, Norm, Operand, Place, Site, Span
 from . import code
 
 Read = Callable[[str, str], tuple[Site, ...]]
@@ -135,15 +134,12 @@ def _at(at: Operand, place: Place) -> Operand:
     return replace(at, place=place if same else replace(at.place, module=place.module))
 
 
-def reader(detect: Callable[[Trace], Plan], executed: frozenset[Span]) -> Read:
-    """Static findings by class, made at most once each and only where the text holds adds that did not run."""
+def reader(static: Read, executed: frozenset[Span]) -> Read:
+    """Static findings by class, made only where the text holds adds that did not run."""
 
     @cache
     def read(file: str, cls: str) -> tuple[Site, ...]:
-        if not _unexplained(file, cls, executed):
-            return ()
-        found = traces(file, only=frozenset({cls}))
-        return tuple(site for trace in found for site in detect(trace).sites if site.path == "")
+        return static(file, cls) if _unexplained(file, cls, executed) else ()
 
     return read
 

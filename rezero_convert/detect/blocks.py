@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
@@ -12,6 +12,7 @@ from ..capture.trace import Call
 from ..plan import Operand
 from . import code
 from .flow import Flow
+from .patterns import POINTWISE
 from .sums import Sum, Term, halves, operands, sums
 
 SkipKind = Literal["identity", "projection", "slice"]
@@ -25,7 +26,11 @@ _SPLITS = frozenset({"split", "chunk", "unbind", "tensor_split"})
 _PARTS = frozenset({"getitem", "narrow", "select", "slice"})
 _COPIES = frozenset({"clone", "contiguous", "to", "type_as", "float", "double", "half", "bfloat16", "Identity"})
 _LINEAR_KINDS = frozenset({"linear", "norm", "pool", "pad", "layout", "dropout"})
+_STATISTICS = frozenset({"mean", "norm", "linalg_norm", "vector_norm", "linalg_vector_norm", "var", "std"})
+_ROUTING = frozenset({"topk", "index_add", "scatter_add", "index_put"})
 _REDUCTIONS = frozenset({"amax", "max", "mean"})  # over windows that a change of layout made: a pool, written out
+
+_HALF = "half of a reversible pair of adds: what recomputes its operands from the results does not know of gates"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +81,13 @@ class Nested:
     other: Block
 
 
-def find(flow: Flow) -> tuple[list[Block], list[Refusal], list[Nested]]:
-    """All sums of a graph: blocks to rewrite, refusals, and blocks that contain or are contained in others."""
+def find(flow: Flow, gated: Callable[[Block], bool]) -> tuple[list[Block], list[Refusal], list[Nested]]:
+    """All sums of a graph: blocks to rewrite, refusals, and blocks that contain or are contained in others.
+
+    Args:
+        flow: of a trace.
+        gated: whether a block was decided for before: it stays a block, whatever is around or inside it.
+    """
     blocks: list[Block] = []
     refusals: list[Refusal] = []
     for whole in sums(flow):
@@ -86,7 +96,11 @@ def find(flow: Flow) -> tuple[list[Block], list[Refusal], list[Nested]]:
                 blocks.append(result)
             else:
                 refusals.append(result)
-    chosen, nested = _nesting(flow, blocks)
+    coupled = _reversible(flow, blocks)
+    refusals = [replace(one, code="RZ918", reason=_HALF) if one.sum.node in coupled else one for one in refusals]
+    refusals += [Refusal(block.sum, "RZ918", _HALF) for block in blocks if block.sum.node in coupled]
+    blocks = [block for block in blocks if block.sum.node not in coupled]
+    chosen, nested = _nesting(flow, blocks, gated)
     return chosen, refusals, nested
 
 
@@ -150,10 +164,41 @@ def _beside_each_other(flow: Flow, whole: Sum) -> str:
     for gate in frozenset().union(*factors):
         if _complement(flow, gate) in frozenset().union(*factors):
             return f"a mean of two values, with {describe(flow, _complement(flow, gate) or gate)} and its complement"
+    if all(_is_score(flow, value) for value in values):
+        return "products of queries and keys, the scores of an attention"
     meeting = flow.meeting(values)
     if meeting is None:
         return "they come from different inputs"
-    return f"all are computed from {describe(flow, meeting)}, none from another"
+    nodes = [node for value in values for node in flow.region(meeting, value)[1:]]
+    routed = ", one of them by routing: rows chosen by their scores" if _any_named(flow, nodes, _ROUTING) else ""
+    scales = ", at several resolutions" if any(_changes_resolution(flow, node) for node in nodes) else ""
+    return f"all are computed from {describe(flow, meeting)}, none from another{routed or scales}"
+
+
+def _is_score(flow: Flow, node: int) -> bool:
+    """Whether a value is a matrix product that no weight takes part in, scaled, gathered or summed up."""
+    terms = operands(flow, node)
+    if terms:
+        return all(_is_score(flow, term.value) for term in terms)
+    if flow.name(node) in _MATRIX_PRODUCTS:
+        return not has_weight(flow, node) or all(len(flow.shape(source) or ()) > 2 for source in flow.inputs[node])
+    sources = [source for source in flow.inputs[node] if not flow.constant[source]]
+    passes = flow.facts[node].kind == "layout" or flow.name(node) == "gather" or _is_scale(flow, node)
+    return len(sources) == 1 and passes and _is_score(flow, sources[0])
+
+
+def _changes_resolution(flow: Flow, node: int) -> bool:
+    """Whether a node upsamples, or is a convolution with strides."""
+    if _is_upsampling(flow, node):
+        return True
+    if flow.facts[node].kind != "linear" or not flow.inputs[node]:
+        return False
+    here, there = flow.shape(node), flow.shape(flow.inputs[node][0])
+    return here is not None and there is not None and len(here) == len(there) == 4 and 2 * here[-1] <= there[-1]
+
+
+def _any_named(flow: Flow, nodes: Iterable[int], names: frozenset[str]) -> bool:
+    return any(flow.name(node) in names for node in nodes)
 
 
 def _complement(flow: Flow, node: int) -> int | None:
@@ -181,7 +226,7 @@ def _by_age(terms: tuple[Term, ...]) -> list[Term]:
 def _with_skip(flow: Flow, whole: Sum, shortcut: Term) -> Iterator[Block | Refusal]:
     """The sum read with `shortcut` as the operand that carries the skip."""
     others = [term for term in whole.terms if term is not shortcut]
-    for start, path in _origins(flow, shortcut.value, owner_call(flow, whole.node)):
+    for start, path in _origins(flow, shortcut.value, _joining_call(flow, whole.node)):
         if any(start > term.value for term in others):
             continue
         branches = tuple(branch for term in others if (branch := _branch(flow, start, term)))
@@ -266,13 +311,33 @@ def _judge(
         if _is_upsampled(flow, branch, path) and not _is_closed(flow, whole, skip, branch):
             return Refusal(whole, "RZ905", "merges resolutions: there is upsampling between the operands", 3)
         if not any(has_weight(flow, node) for node in inside):
-            what = describe(flow, branch.term.value)
+            what = f"{describe(flow, branch.term.value)}{_without_weight(flow, inside)}"
             return Refusal(whole, "RZ902", f"no linear or convolution weight between the skip and {what}", 1)
+        if flow.constant[skip] and _is_given(flow, skip):
+            return Refusal(whole, "RZ907", f"adds {describe(flow, skip)}, which does not depend on the input", 2)
         if _is_beside(flow, skip, branch.term.value):
             return Refusal(whole, "RZ904", f"{describe(flow, skip)} is added to a stream that does not begin there", 2)
-    if all(flow.name(node) in _COPIES for node in path):
+    if all(_is_scale(flow, node) for node in path):
         return _same_shape(flow, whole, shortcut, skip, branches)
     return _projection(flow, whole, shortcut, skip, path, branches)
+
+
+def _without_weight(flow: Flow, nodes: tuple[int, ...]) -> str:
+    """What kind of function a branch without weights is, as far as its operations tell."""
+    kinds = {flow.facts[node].kind for node in nodes}
+    if all(flow.name(node) in POINTWISE or flow.facts[node].kind in ("activation", "dropout") for node in nodes):
+        return ": a pointwise function of the skip, as in an activation"
+    if "pool" in kinds:
+        return ": the skip is only pooled"
+    if _any_named(flow, nodes, _STATISTICS):
+        return ": the skip is scaled by statistics of its own"
+    if (
+        "layout" in kinds
+        and _any_named(flow, nodes, frozenset({"mul"}))
+        and not any(_is_nonlinear(flow, n) for n in nodes)
+    ):
+        return ": parts of the skip times constants, as in a rotation"
+    return ""
 
 
 def _same_shape(flow: Flow, whole: Sum, shortcut: Term, skip: int, branches: tuple[Branch, ...]) -> Block | Refusal:
@@ -290,7 +355,7 @@ def _same_shape(flow: Flow, whole: Sum, shortcut: Term, skip: int, branches: tup
 def _projection(
     flow: Flow, whole: Sum, shortcut: Term, skip: int, path: tuple[int, ...], branches: tuple[Branch, ...]
 ) -> Block | Refusal:
-    """A skip through a projection, pool, slice or scale."""
+    """A skip through a projection, pool or slice."""
     operand = describe(flow, shortcut.value)
     for branch in branches:
         if not any(_is_nonlinear(flow, node) for node in branch.region[1:]):
@@ -302,18 +367,17 @@ def _projection(
         if not around or _reads_other_parts(flow, skip, path[-1], branch):
             parted = describe(flow, split[0] if split else skip)
             return Refusal(whole, "RZ901", f"the branch reads other elements of {parted} than {operand}", 4)
-    call = owner_call(flow, whole.node)
+    call = _joining_call(flow, whole.node)
     if flow.nodes[skip] not in call.inputs and not _within(flow.origin(skip).call, call):
         return Refusal(whole, "RZ904", "skip and branch part outside the module that adds them", 1)
     if not is_flat(call.module) and not _is_output(flow, whole.node, call, path):
         return Refusal(whole, "RZ916", "the sum is not the output of the module that makes it", 2)
     here, there = flow.shape(whole.node), flow.shape(skip)
     certain = here is not None and there is not None
-    mere_scale = all(flow.name(node) in ("mul", "div") or _adds_nothing(flow, node) for node in path)
     moved = all(flow.facts[node].kind in ("layout", "dropout") and flow.name(node) != "choice" for node in path)
-    if certain and here == there and not (mere_scale or moved):
+    if certain and here == there and not moved:
         return Refusal(whole, "RZ903", f"a parallel path of the same shape, {operand}, instead of a skip", 2)
-    same = mere_scale or (moved and certain and prod(here or ()) == prod(there or ()))
+    same = moved and certain and prod(here or ()) == prod(there or ())
     kind: SkipKind = "identity" if same else "slice" if moved else "projection"
     beside = frozenset(flow.index[node] for node in call.inputs) - {skip}
     if kind == "projection" and not all(flow.reaches(b.term.value, skip, avoid=beside) for b in branches):
@@ -326,6 +390,12 @@ def _is_one_convolution(flow: Flow, branch: Branch) -> bool:
     weighted = [node for node in branch.region[1:] if has_weight(flow, node)]
     linear = not any(_is_nonlinear(flow, node) for node in branch.region[1:])
     return linear and len(weighted) == 1 and flow.name(weighted[0]).lower().startswith("conv")
+
+
+def _is_scale(flow: Flow, node: int) -> bool:
+    """Whether a step of a shortcut copies it, multiplies it by a number or parameter, or adds nothing."""
+    name = flow.name(node)
+    return name in _COPIES or name in ("mul", "div") or _adds_nothing(flow, node)
 
 
 def _adds_nothing(flow: Flow, node: int) -> bool:
@@ -371,6 +441,21 @@ def _is_beside(flow: Flow, skip: int, node: int) -> bool:
         else:
             return not flow.reaches(node, skip)
     return node != skip
+
+
+def _is_given(flow: Flow, node: int) -> bool:
+    """Whether a constant is added, in whatever layout, to what is not computed from it: a bias or mask that comes
+    again in each layer, and no stream of its own."""
+    stack = [node]
+    while stack:
+        here = stack.pop()
+        for user in flow.users[here]:
+            others = [term.value for term in operands(flow, user) if term.value != here]
+            if any(not flow.constant[other] and not flow.reaches(other, node) for other in others):
+                return True
+            if flow.facts[user].kind == "layout":
+                stack.append(user)
+    return False
 
 
 def _is_closed(flow: Flow, whole: Sum, skip: int, branch: Branch) -> bool:
@@ -448,6 +533,25 @@ def owner_call(flow: Flow, node: int) -> Call:
     return call or here.call
 
 
+def _joining_call(flow: Flow, node: int) -> Call:
+    """The module execution that brings the operands of a sum together: the caller of one that only adds."""
+    call = owner_call(flow, node)
+    while call.parent is not None and not _computes(flow, call, node):
+        call = call.parent
+    return call
+
+
+def _computes(flow: Flow, call: Call, node: int) -> bool:
+    """Whether a module execution holds a weight or norm; `node` is one of its operations."""
+    for step in (range(node, -1, -1), range(node + 1, len(flow.nodes))):
+        for other in step:
+            if not _within(flow.origin(other).call, call):
+                break
+            if has_weight(flow, other) or flow.facts[other].kind == "norm":
+                return True
+    return False
+
+
 def _within(call: Call | None, outer: Call) -> bool:
     while call is not None:
         if call is outer:
@@ -486,7 +590,32 @@ def _is_carried_by(flow: Flow, node: int, user: int, start: int, wholes: frozens
     return not others and (flow.facts[user].kind == "layout" or flow.name(user) in ("mul", "div"))
 
 
-def _nesting(flow: Flow, blocks: list[Block]) -> tuple[list[Block], list[Nested]]:
+def _reversible(flow: Flow, blocks: list[Block]) -> set[int]:
+    """The sums of reversible pairs, `p = a + f(b)` and `q = b + g(p)`, where p is read elsewhere too."""
+    found: set[int] = set()
+    for block in blocks:
+        for branch in block.branches:
+            inside = set(branch.region)
+            for node in branch.cuts[:-1]:
+                if _leaves(flow, node, inside) and _is_coupled(flow, node, block.skip):
+                    found |= {node, block.sum.node}
+    return found
+
+
+def _leaves(flow: Flow, node: int, inside: set[int]) -> bool:
+    """Whether a value is read elsewhere too."""
+    return flow.nodes[node] in flow.trace.root.outputs or any(user not in inside for user in flow.users[node])
+
+
+def _is_coupled(flow: Flow, node: int, other: int) -> bool:
+    """Whether a sum adds to one value what is computed from another one alone."""
+    terms = {term.value: flow.reaches(term.value, other) for term in operands(flow, node)}
+    own = [value for value, derived in terms.items() if not derived and not flow.constant[value]]
+    rest = [value for value, derived in terms.items() if derived]
+    return len(own) == len(rest) == 1 and not flow.reaches(rest[0], own[0], avoid=frozenset({other}))
+
+
+def _nesting(flow: Flow, blocks: list[Block], gated: Callable[[Block], bool]) -> tuple[list[Block], list[Nested]]:
     """Sort out blocks within blocks, outermost first.
 
     A block whose branch holds joins of its own stream is a long skip: a zero gate there would stop their gradient.
@@ -501,12 +630,12 @@ def _nesting(flow: Flow, blocks: list[Block]) -> tuple[list[Block], list[Nested]
         if node in buried:
             continue
         inner = _inner(block, at)
-        if any(_on_stream(flow, other.skip, block.skip, at) for other in inner):
+        if any(_on_stream(flow, other.skip, block.skip, at) for other in inner) and not gated(block):
             nested.append(Nested(block, "long-skip", next(iter(inner))))
             continue
         chosen.append(block)
-        for other in inner:
-            if other.sum.node not in buried:
+        for other in _interior(flow, block, inner, at):
+            if other.sum.node not in buried and not gated(other):
                 buried.add(other.sum.node)
                 nested.append(Nested(other, "interior", block))
     return chosen[::-1], nested[::-1]
@@ -520,15 +649,34 @@ def _inner(block: Block, at: dict[int, Block]) -> list[Block]:
     return found
 
 
+def _interior(flow: Flow, block: Block, inner: list[Block], at: dict[int, Block]) -> list[Block]:
+    """The inner blocks whose stream ends on the branches of `block`; one that goes on beside it is a stream of its own
+    (two-way attention)."""
+    inside = {block.sum.node, *block.sum.inner}.union(*(branch.region for branch in block.branches))
+    found: list[Block] = []
+    going_on: list[Block] = []
+    for other in sorted(inner, key=lambda one: one.sum.node, reverse=True):
+        node = other.sum.node
+        if _leaves(flow, node, inside) or any(_on_stream(flow, one.skip, node, at) for one in going_on):
+            going_on.append(other)
+        else:
+            found.append(other)
+    return found
+
+
 def _on_stream(flow: Flow, node: int, start: int, at: dict[int, Block]) -> bool:
     """Whether `node` is `start` carried along by skips alone."""
     while node > start:
         if node in at:
             node = at[node].skip
             continue
+        terms = operands(flow, node)
+        if terms:  # a mean of the stream with itself
+            return all(_on_stream(flow, term.value, start, at) for term in terms)
         sources = [source for source in flow.inputs[node] if not flow.constant[source]]
         kind = flow.facts[node].kind
-        carries = kind in ("layout", "dropout") or (kind in ("activation", "norm") and sources and sources[0] in at)
+        carries = kind in ("layout", "dropout") or _is_scale(flow, node)
+        carries = carries or (kind in ("activation", "norm") and bool(sources) and sources[0] in at)
         if len(sources) != 1 or not carries:
             return False
         node = sources[0]

@@ -59,6 +59,10 @@ def of_block(flow: Flow, block: Block, options: Options) -> Draft:
         repairs += repair
         if not options.preserve:
             repairs += gates.repairs(flow, branch)
+            cause = gates.held_at_zero(flow, branch, {one.parameter for one in repairs})
+            if cause is not None:
+                reason = f"the branch is zero by {cause}, which nothing can undo: its alpha would never get a gradient"
+                return Draft(block, replace(site, verdict="refused", code="RZ913", reason=reason))
     site = replace(
         site,
         reason=_reason(flow, block),
@@ -188,13 +192,17 @@ def _present(flow: Flow, site: Site, found: gates.Found | None) -> Site | None:
     if found.kind == "input":
         reason = f"its gate is computed from the input by {found.parameter}, which is zero: already the identity"
         return replace(site, verdict="gated", code="RZ908", reason=reason)
+    if found.kind == "offset":
+        reason = f"its gate, computed from {found.parameter}, is zero now: left alone"
+        return replace(site, verdict="gated", code="RZ120", reason=reason)
     name = relative(found.parameter, site.path)
-    ours = name in getattr(flow.module(site.path), "rezero_gates", ())
+    ours = _is_ours(flow, found, site.path)
     state = {True: "zero now", False: "not zero: trained, left alone", None: "left alone"}[found.zero]
     if ours or found.kind == "scalar" or found.zero:
         gate = Gate(None, name, "", "", existing=True, init=None)
-        reason = f"already gated by {gate.alpha} ({state})"
-        return replace(site, verdict="gated", code="RZ120", reason=reason, gates=(gate,))
+        reason = f"already gated by {name} ({state})"
+        inside = _is_inside(found, site)
+        return replace(site, verdict="gated", code="RZ120", reason=reason, gates=(gate,) if inside else ())
     return None
 
 
@@ -207,7 +215,7 @@ def _gate(
     written = code.text(at)
     start = None if options.preserve else float(options.alpha_init)
     if found is not None and not moved:
-        inside = found.parameter == site.path or found.parameter.startswith(f"{site.path}." if site.path else "")
+        inside = _is_inside(found, site)
         if inside and not found.conditional:
             name = relative(found.parameter, site.path)
             shape = flow.shape(found.root) or (1,)
@@ -216,6 +224,22 @@ def _gate(
             return Gate(at, "", child, written, False, True, start), [], last or ""
     repair = [Repair(found.parameter, "ones")] if found is not None and found.zero and moved else []
     return Gate(at, "", child, written, init=1.0 if start is None else start), repair, last or ""
+
+
+def is_gated(flow: Flow, block: Block) -> bool:
+    """Whether the block has our gates already, by an earlier run, or is closed by zero scalars."""
+    path = site_of(flow, block.sum, "gated", "").path
+    gate = [gates.existing(flow, branch) for branch in block.branches]
+    return all(found and ((found.kind == "scalar" and found.zero) or _is_ours(flow, found, path)) for found in gate)
+
+
+def _is_ours(flow: Flow, found: gates.Found, owner: str) -> bool:
+    return relative(found.parameter, owner) in getattr(flow.module(owner), "rezero_gates", ())
+
+
+def _is_inside(found: gates.Found, site: Site) -> bool:
+    """Whether the module that adds holds the gate's parameter."""
+    return found.parameter.startswith(f"{site.path}." if site.path else "")
 
 
 def relative(path: str, owner: str) -> str:

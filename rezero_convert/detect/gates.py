@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ from ..plan import Repair
 from . import code
 from .blocks import Branch
 from .flow import Flow
+from .patterns import POINTWISE
 from .sums import weight
 
 _ZERO_AT_ZERO = frozenset({"tanh", "sin", "neg"})
@@ -25,8 +26,9 @@ _GATE_STEPS = frozenset({"mul", "div"})
 class Found:
     """A gate at the end of a branch."""
 
-    kind: Literal["scalar", "channel", "input"]
-    """scalar and channel: a parameter. input: computed from the input by a layer that is zero now (adaLN-Zero)."""
+    kind: Literal["scalar", "channel", "input", "offset"]
+    """scalar and channel: a parameter. input: computed from the input by a layer that is zero now (adaLN-Zero).
+    offset: computed from a parameter that is not zero, as in `1 + gamma`, and zero now."""
     parameter: str
     """Path of the parameter, or of the layer that computes the gate."""
     node: int
@@ -34,7 +36,7 @@ class Found:
     zero: bool | None
     """Whether it is zero now; None where values are not known."""
     root: int = -1
-    """The parameter's node; -1 for an input-dependent gate."""
+    """The parameter's node; -1 for a gate that is not the parameter itself."""
     conditional: bool = False
     """Made by the class under a condition only (known on the static route)."""
 
@@ -45,20 +47,20 @@ def existing(flow: Flow, branch: Branch) -> Found | None:
     Looked for upwards from the sum, through dropout, changes of layout and constant factors; in `torch.lerp(x, f, w)`,
     upwards from the weight.
     """
-    add, skip = branch.term.add, branch.region[0]
+    add = branch.term.add
     if flow.name(add) != "lerp":
-        return _above(flow, branch.term.value, skip)
+        return _above(flow, branch.term.value, branch)
     scale = weight(flow, add)
-    found = None if scale is None else _gate(flow, add, scale) or _above(flow, scale, skip)
+    found = None if scale is None else _gate(flow, add, scale, branch) or _above(flow, scale, branch)
     return None if found is None else replace(found, node=add)
 
 
-def _above(flow: Flow, node: int | None, skip: int) -> Found | None:
+def _above(flow: Flow, node: int | None, branch: Branch) -> Found | None:
     """The gate among the factors of a value."""
-    while node is not None and node > skip:
+    while node is not None and node > branch.region[0]:
         if flow.name(node) in _GATE_STEPS and node not in flow.steps:
             for factor in flow.inputs[node]:
-                found = _gate(flow, node, factor)
+                found = _gate(flow, node, factor, branch)
                 if found is not None:
                     return found
         node = _same_scale(flow, node)
@@ -74,12 +76,15 @@ def _same_scale(flow: Flow, node: int) -> int | None:
     return sources[0] if len(sources) == 1 and steps else None
 
 
-def _gate(flow: Flow, product: int, factor: int) -> Found | None:
+def _gate(flow: Flow, product: int, factor: int, branch: Branch) -> Found | None:
     """The gate that `factor` is in `product`, if it is one."""
     if flow.constant[factor]:
         roots = _parameters(flow, factor)
-        if len(roots) != 1 or not _vanishes_with(flow, factor, roots[0]):
+        if len(roots) != 1:
             return None
+        if not _vanishes_with(flow, factor, roots[0]):
+            path = flow.parameter(roots[0]) or ""
+            return Found("offset", path, product, True) if is_zero(_value(flow, factor)) else None
         path = flow.parameter(roots[0]) or ""
         value = parameter(flow, path)
         if flow.trace.model is not None and not isinstance(value, nn.Parameter):
@@ -100,9 +105,9 @@ def _gate(flow: Flow, product: int, factor: int) -> Found | None:
             _is_conditional(flow, product, roots[0]),
         )
     layer = _computing_layer(flow, factor)
-    if layer is None:
+    if layer is None or layer in branch.cuts:  # crossed by all of the branch: its last layer
         return None
-    return Found("input", layer, product, True)
+    return Found("input", str(flow.nodes[layer].target), product, True)
 
 
 def _as_written(constructor: str) -> tuple[tuple[int, ...] | None, bool | None]:
@@ -168,14 +173,30 @@ def _vanishes_with(flow: Flow, node: int, root: int) -> bool:
     return True
 
 
-def _computing_layer(flow: Flow, node: int) -> str | None:
+def _value(flow: Flow, node: int) -> torch.Tensor | None:
+    """What pointwise operations make of live parameters now; None if that cannot be said."""
+    target = flow.nodes[node]
+    if target.op == "get_attr":
+        value = parameter(flow, str(target.target))
+        return None if value is None or value.is_meta else value.detach().clone()
+    if target.op == "call_module" or not (flow.name(node) in POINTWISE or flow.facts[node].kind == "layout"):
+        return None
+    sources = {source: _value(flow, flow.index[source]) for source in target.all_input_nodes}
+    if any(value is None for value in sources.values()):
+        return None
+    args, kwargs = fx.node.map_arg((target.args, target.kwargs), sources.__getitem__)
+    compute = getattr(torch.Tensor, target.target) if isinstance(target.target, str) else target.target
+    result = compute(*args, **kwargs)
+    return result if isinstance(result, torch.Tensor) else None
+
+
+def _computing_layer(flow: Flow, node: int) -> int | None:
     """The linear layer, zero in all parameters now, whose output `node` is a part of."""
     while True:
         if flow.facts[node].kind == "linear" and flow.nodes[node].op == "call_module":
-            path = str(flow.nodes[node].target)
-            module = flow.module(path)
+            module = flow.module(str(flow.nodes[node].target))
             parameters = [] if module is None else list(module.parameters(recurse=False))
-            return path if parameters and all(is_zero(value) for value in parameters) else None
+            return node if parameters and all(is_zero(value) for value in parameters) else None
         sources = flow.inputs[node]
         if len(sources) != 1 or flow.facts[node].kind != "layout":
             return None
@@ -251,6 +272,32 @@ def _weight_of(flow: Flow, node: int) -> int | None:
     ):
         return None
     return weight if weight is not None and flow.constant[weight] else None
+
+
+def held_at_zero(flow: Flow, branch: Branch, repaired: Collection[str]) -> str | None:
+    """What makes a branch zero for good, as a reader knows it; None if nothing is known to.
+
+    Args:
+        branch: one whose gate is not zero.
+        repaired: the parameters that will be zero no longer.
+    """
+    zero: dict[int, str] = {}
+    for node in branch.region[1:]:
+        target, inputs = flow.nodes[node], flow.inputs[node]
+        sources = [source for source in inputs if not flow.constant[source]]
+        if _computing_layer(flow, node) == node and f"{target.target}.weight" not in repaired:
+            zero[node] = str(target.target)
+        elif flow.name(node) == "mul" and node not in flow.steps:
+            if 0 in [arg for arg in target.args if isinstance(arg, (int, float))]:
+                zero[node] = "the factor 0"
+            for source in inputs:
+                if flow.constant[source] and is_zero(_value(flow, source)):
+                    zero[node] = ", ".join(flow.parameter(root) or "" for root in _parameters(flow, source))
+                elif source in zero:
+                    zero[node] = zero[source]
+        elif flow.facts[node].kind in ("layout", "dropout") and len(sources) == 1 and sources[0] in zero:
+            zero[node] = zero[sources[0]]
+    return zero.get(branch.term.value)
 
 
 def is_zero(value: object) -> bool:

@@ -17,7 +17,7 @@ from ..capture.facts import Facts, operation
 from ..capture.trace import Call, Trace, origin
 from ..plan import NormKind
 
-_POINTWISE = frozenset(
+POINTWISE = frozenset(
     "add sub mul div pow square sqrt rsqrt exp expm1 log log1p tanh sigmoid erf erfc relu relu6 gelu silu mish "
     "elu selu celu leaky_relu hardswish hardsigmoid hardtanh softplus softsign logsigmoid clamp clamp_min clamp_max "
     "minimum maximum min max neg abs sin cos reciprocal threshold float to type_as clone rsub".split()
@@ -93,7 +93,7 @@ def _is_pointwise(entry: fx.Node, work: list[fx.Node]) -> bool:
     computes = False
     for node in work:
         name = operation(node.target)
-        if name not in _POINTWISE or any(source not in own for source in node.all_input_nodes):
+        if name not in POINTWISE or any(source not in own for source in node.all_input_nodes):
             return False
         computes = computes or name not in ("float", "to", "type_as", "clone")
     return computes

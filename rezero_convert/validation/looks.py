@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, fx, nn
 from ..capture.trace import Trace, origin
 from ..detect import blocks as detected
 from ..detect import gates
+from ..detect.drafts import is_gated
 from ..detect.flow import Flow, flow
 from ..listing import compact, number
 from ..plan import Options, Plan, Site, Span
@@ -113,7 +115,7 @@ def look_at(subject: Subject, mode: str, trace: Trace) -> Look:
     facts = flow(trace)
     known = {id(parameter): name for name, parameter in subject.named.items()}
     look = Look(mode, facts, [], [])
-    chosen, _, nested = detected.find(facts)
+    chosen, _, nested = detected.find(facts, partial(is_gated, facts))
     for block in [*chosen, *(one.block for one in nested)]:
         found = [(branch, _known_gate(facts, branch, known)) for branch in block.branches]
         own = [(branch, gate, name) for branch, pair in found if pair is not None for gate, name in [pair]]
@@ -127,7 +129,7 @@ def look_at(subject: Subject, mode: str, trace: Trace) -> Look:
 def _known_gate(flow: Flow, branch: detected.Branch, known: dict[int, str]) -> tuple[gates.Found, str] | None:
     """A branch's gate with its name, if registered; else any gate of one number, or zero now, is taken for one."""
     gate = gates.existing(flow, branch)
-    if gate is None or gate.kind == "input":
+    if gate is None or gate.kind in ("input", "offset"):
         return None
     parameter = gates.parameter(flow, gate.parameter)
     if known:
@@ -235,7 +237,7 @@ def _gates_skip(flow: Flow, block: detected.Block, known: dict[int, str]) -> boo
 
 def plain_gates(flow: Flow) -> Iterator[str]:
     """Blocks whose branch is scaled by a tensor of one number that is neither a parameter nor a buffer."""
-    for block in detected.find(flow)[0]:
+    for block in detected.find(flow, partial(is_gated, flow))[0]:
         for branch in block.branches:
             product = branch.term.value
             factors = flow.inputs[product] if flow.name(product) == "mul" else ()
