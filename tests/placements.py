@@ -210,6 +210,88 @@ class Backwards(Stack):
         return x
 
 
+class BackwardsByNumber(Stack):
+    def forward(self, x):
+        for i in reversed(range(len(self.blocks))):
+            x = x + self.blocks[i](x)
+        return x
+
+
+class BackwardsPairs(Pairs):
+    def forward(self, x):
+        for i, (attn, ff) in enumerate(reversed(self.layers)):
+            x = x + attn(x)
+            x = x + ff(x) * (i + 1)
+        return x
+
+
+class BackwardsZipped(Stack):
+    def forward(self, x):
+        for block, factor in reversed(list(zip(self.blocks, (1.0, 2.0, 3.0), strict=True))):
+            x = x + block(x) * factor
+        return x
+
+
+class EverySecond(Stack):
+    def forward(self, x):
+        for block in self.blocks[::2]:
+            x = x + block(x)
+        for block in self.blocks[1::2]:
+            x = torch.tanh(block(x))
+        return x
+
+
+class LocalList(Stack):
+    def forward(self, x):
+        blocks = self.blocks
+        for block in blocks[1:]:
+            x = x + block(x)
+        return self.blocks[0](x)
+
+
+class LocalNumbered(Stack):
+    def forward(self, x):
+        blocks, passes = list(self.blocks), 3
+        layers = tuple(self.blocks)
+        for i, block in enumerate(layers):
+            x = x + block(x) * passes
+            x = torch.tanh(blocks[i](x))
+        return x
+
+
+class LocalPairs(nn.Module):
+    def __init__(self, width=8, depth=2):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleList([Branch(width), Branch(width)]) for _ in range(depth))
+
+    def forward(self, x, factor=2.0):
+        args = [({"factor": factor}, None)] * len(self.layers)
+        pairs = list(zip(self.layers, args, strict=True))
+        for (attn, ff), (options, _) in pairs:
+            x = x + attn(x) * options["factor"]
+            x = x + ff(x)
+        return x
+
+
+class Appended(Stack):
+    def forward(self, x):
+        blocks = list(self.blocks)
+        blocks.reverse()
+        for block in blocks:
+            x = x + block(x)
+        return x
+
+
+class Rebound(Stack):
+    def forward(self, x):
+        blocks = self.blocks
+        if x.dim() == 3:
+            blocks = blocks[:2]
+        for block in blocks:
+            x = x + block(x)
+        return x
+
+
 class Counted(Stack):
     def forward(self, x):
         i = 0
@@ -250,6 +332,14 @@ class ByKey(ByName):
     def forward(self, x):
         for name in self.blocks:
             x = x + self.blocks[name](x)
+        return x
+
+
+class LocalItems(ByName):
+    def forward(self, x):
+        items = self.blocks.items()
+        for _name, block in items:
+            x = x + block(x)
         return x
 
 
@@ -314,6 +404,14 @@ class Two(nn.Module):
         self.a = Branch(width)
         self.b = Branch(width)
         self.g = nn.Parameter(torch.full((width,), 0.5))
+
+
+class DictionaryOfModules(Two):
+    def forward(self, x):
+        parts = {"attn": self.a, "ff": self.b}
+        for _name, part in parts.items():
+            x = x + part(x)
+        return x
 
 
 class Comprehension(Two):

@@ -17,8 +17,8 @@ from torch import nn
 import rezero_convert as rz
 
 REFUSED = {
-    "NestedBackwards": ("RZ911", "in a way that a list of alphas cannot be walked beside"),
-    "Backwards": ("RZ911", "in a way that a list of alphas cannot be walked beside"),
+    "Appended": ("RZ911", "in a way that a list of alphas cannot be walked beside"),
+    "Rebound": ("RZ911", "in a way that a list of alphas cannot be walked beside"),
     "SomePasses": ("RZ911", "not every pass of the loop over self.blocks adds its branch"),
     "SlicedByInput": ("RZ911", "self.blocks[:depth], is computed in the method"),
     "Counted": ("RZ911", "no `for` around it"),
@@ -53,6 +53,17 @@ GATES = {
     "EachPart": ["alpha.0", "alpha.1", "alpha.2"],
     "Comprehension": ["alpha.0", "alpha.1"],
     "Display": ["alpha.0", "alpha.1"],
+    "Backwards": ["alpha.0", "alpha.1", "alpha.2"],
+    "BackwardsByNumber": ["alpha.0", "alpha.1", "alpha.2"],
+    "BackwardsPairs": [f"alpha_layers{n}.{i}" for n in ("", "_2") for i in range(3)],
+    "BackwardsZipped": ["alpha.0", "alpha.1", "alpha.2"],
+    "NestedBackwards": ["alpha.0.0", "alpha.0.1", "alpha.1.0", "alpha.1.1"],
+    "EverySecond": ["alpha.0", "alpha.1"],
+    "LocalList": ["alpha.0", "alpha.1"],
+    "LocalNumbered": ["alpha.0", "alpha.1", "alpha.2"],
+    "LocalPairs": [f"alpha_layers{n}.{i}" for n in ("", "_2") for i in range(2)],
+    "LocalItems": ["alpha.0", "alpha.1"],
+    "DictionaryOfModules": ["alpha.0", "alpha.1"],
     "NestedMixed": ["alpha.0.0", "alpha.0.1", "alpha.1.0", "alpha.1.1"],
     "Aggregated": ["alpha"],
     "AggregatedList": ["alpha"],
