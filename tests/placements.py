@@ -232,6 +232,16 @@ class BackwardsZipped(Stack):
         return x
 
 
+class OnePass(Stack):
+    def __init__(self):
+        super().__init__(depth=1)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
 class EverySecond(Stack):
     def forward(self, x):
         for block in self.blocks[::2]:

@@ -58,6 +58,7 @@ GATES = {
     "BackwardsPairs": [f"alpha_layers{n}.{i}" for n in ("", "_2") for i in range(3)],
     "BackwardsZipped": ["alpha.0", "alpha.1", "alpha.2"],
     "NestedBackwards": ["alpha.0.0", "alpha.0.1", "alpha.1.0", "alpha.1.1"],
+    "OnePass": ["alpha.0"],
     "EverySecond": ["alpha.0", "alpha.1"],
     "LocalList": ["alpha.0", "alpha.1"],
     "LocalNumbered": ["alpha.0", "alpha.1", "alpha.2"],

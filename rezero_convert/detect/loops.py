@@ -223,7 +223,9 @@ def _enter(target: ast.expr, star: _Star, names: _Names) -> None:
         if not isinstance(target, ast.Tuple) or len(target.elts) != 2:
             return
         key, target = target.elts
-    display = container.values if isinstance(container, ast.Dict) and method else getattr(container, "elts", None)
+    display = container.elts if isinstance(container, (ast.Tuple, ast.List)) else None
+    if isinstance(container, ast.Dict) and method:
+        display = container.values
     if display is not None:
         held = [_path(element, names) or () for element in display]
         choices = tuple(".".join(part for part in path if isinstance(part, str)) for path in held)
