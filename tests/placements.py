@@ -22,6 +22,23 @@ def dropout_add(x, residual, prob, training):
     return out
 
 
+def scaled_add(skip, branch, skip_scale, branch_scale):
+    return skip * skip_scale + branch_scale * F.dropout(branch, 0.1, training=False) / 2
+
+
+def depth_add(branch, skip, depth):
+    scale = 1 / depth**0.5
+    return branch * scale + skip
+
+
+def balanced_add(skip, branch, scale):
+    return skip * scale + branch * scale
+
+
+def squared_add(skip, branch):
+    return skip + branch * branch
+
+
 class Branch(nn.Module):
     def __init__(self, width=8):
         super().__init__()
@@ -455,6 +472,38 @@ class Helper(Two):
     def forward(self, x):
         x = dropout_add(self.a(x), x, 0.1, self.training)
         return dropout_add(self.b(x), residual=x, prob=0.1, training=self.training)
+
+
+class ScaledHelper(Two):
+    def __init__(self, width=8):
+        super().__init__(width)
+        self.scale = 0.5
+
+    def forward(self, x):
+        x = scaled_add(x, self.a(x), 1.0, self.scale)
+        return scaled_add(x, branch=self.b(x), skip_scale=1, branch_scale=-2.0)
+
+
+class DepthHelper(Two):
+    def forward(self, x):
+        x = depth_add(self.a(x), x, 1)
+        return depth_add(self.b(x), x, depth=2)
+
+
+class BalancedHelper(Two):
+    def forward(self, x):
+        return balanced_add(x, self.a(x), 0.5)
+
+
+class SquaredHelper(Two):
+    def forward(self, x):
+        return squared_add(x, self.a(x))
+
+
+class HelperScaledByInput(Two):
+    def forward(self, x):
+        gate = torch.sigmoid(self.b(x))
+        return scaled_add(x, self.a(x), 1.0, gate)
 
 
 class Parallel(Two):

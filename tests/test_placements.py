@@ -29,6 +29,8 @@ REFUSED = {
     "SummedFromSkip": ("RZ912", "not written as an add"),
     "Held": ("RZ912", "Holder.run, which is no module's method"),
     "ClassRuns": ("RZ912", "ClassRuns.run, which is no module's method"),
+    "SquaredHelper": ("RZ912", "squared_add, where its operand is not one argument"),
+    "HelperScaledByInput": ("RZ912", "scaled_add, where its operand is not one argument"),
     "HelperRuns": ("RZ912", "residual, where its operand is not one argument"),
 }
 GATES = {
@@ -76,6 +78,9 @@ GATES = {
     "LerpParameter": ["g"],
     "LerpInput": ["alpha"],
     "Helper": ["alpha_a", "alpha_b"],
+    "ScaledHelper": ["alpha_a", "alpha_b"],
+    "DepthHelper": ["alpha_a", "alpha_b"],
+    "BalancedHelper": ["alpha"],
     "Parallel": ["alpha_a", "alpha_b"],
     "Subtracted": ["alpha"],
     "Addcmul": ["alpha"],
