@@ -715,6 +715,39 @@ class Lambda(Two):
         return (lambda h: h + self.a(h))(x)
 
 
+class HeldLambda(Two):
+    def __init__(self, width=8):
+        super().__init__(width)
+        self.run = lambda x: x + self.a(x)
+
+    def forward(self, x):
+        x = self.run(x)
+        return x + self.b(x)
+
+
+class Calling(nn.Module):
+    def __init__(self, fn):
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x):
+        return self.fn(x)
+
+
+class LambdaInModule(Two):
+    def __init__(self, width=8):
+        super().__init__(width)
+
+        def run(x):
+            return x + self.a(x)
+
+        self.calling = Calling(run)
+
+    def forward(self, x):
+        x = self.calling(x)
+        return x + torch.tanh(self.b(x))
+
+
 class Static(Two):
     @staticmethod
     def join(x, y):

@@ -102,6 +102,8 @@ GATES = {
     "Dataclass": ["alpha_a", "alpha_b"],
     "Tuples": ["alpha"],
     "Lambda": ["alpha"],
+    "HeldLambda": ["alpha_a", "alpha_b"],
+    "LambdaInModule": ["alpha_a", "alpha_b"],
     "Static": ["alpha"],
     "Class": ["alpha"],
     "Timed": ["alpha"],
@@ -161,6 +163,19 @@ def test_a_lerp_by_a_number_is_refused_where_the_gated_weight_would_be_rounded()
     (site,) = rz.audit(make("LerpNumber").bfloat16(), torch.randn(2, 4, 8).bfloat16()).plan.sites
     assert (site.verdict, site.code) == ("refused", "RZ912")
     assert "precision" in site.reason
+
+
+def test_a_function_that_init_made_belongs_to_the_copy() -> None:
+    model, x = make("HeldLambda"), torch.randn(2, 4, 8)
+    before = outputs(model, x, train=False)
+    converted = rz.convert(model, x)
+    nn.init.zeros_(converted.a.linear.weight)
+    nn.init.ones_(converted.alpha_a)
+    assert torch.equal(outputs(model, x, train=False), before)
+    assert not torch.equal(converted.run(x), x)  # the bias is left
+    assert torch.equal(converted.run(x), x + torch.nn.functional.gelu(converted.a.linear.bias))
+    rz.convert(model, x, inplace=True)
+    assert torch.equal(model.run(x), x)
 
 
 def test_a_variable_of_the_alphas_name_is_not_shadowed() -> None:
