@@ -191,7 +191,7 @@ def _merged(flow: Flow, group: list[Draft], refused: bool) -> Draft:
             requests += [None] * len(others)
             continue
         if gate.at is None:
-            return _undecided(first, site, "an existing gate in a loop")
+            continue  # a class by itself: its text makes the gates of all passes
         elements = partial(_elements, flow, site.path)
         walk = loops.loop_of(gate.at.place, gate.at.span, weights, elements, run=recorded)
         if single and recorded and not isinstance(walk, loops.Walk):

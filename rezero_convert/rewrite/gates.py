@@ -112,6 +112,11 @@ def _held_edits(source: Source, cls: ast.ClassDef, parts: list[str], init: float
     """Sets the gate inside a module (LayerScale): at its construction if that says the value, else in its class."""
     edits: list[Edit] = []
     found = False
+    if "*" in parts and not _is_only_walked(source, cls, parts[0]):
+        raise ConversionError(
+            f"{source.file}:{cls.lineno}: {'.'.join(parts)} of {cls.name} are the gates of a loop, and {parts[0]} is "
+            "not only walked from end to end"
+        )
     for _, value, _ in resolve(source, cls, parts[:-1]):
         for call in constructor_calls(value):
             if last_name(call.func) == "Identity":
@@ -136,6 +141,20 @@ def _held_edits(source: Source, cls: ast.ClassDef, parts: list[str], init: float
             f"{source.file}:{cls.lineno}: the gate {'.'.join(parts)} of {cls.name} is not made in this file"
         )
     return edits
+
+
+def _is_only_walked(source: Source, cls: ast.ClassDef, attribute: str) -> bool:
+    """Whether a class does nothing else with a list of modules, once made, than walk it as a whole."""
+    for function in (function for one in lineage(source, cls) for function in methods_of(one)):
+        nodes = list(ast.walk(function)) if function.name != "__init__" else []
+        walks = [node.iter for node in nodes if isinstance(node, (ast.For, ast.comprehension))]
+        for walk in walks:
+            if isinstance(walk, ast.Call) and last_name(walk.func) in ("zip", "enumerate", "reversed", "list", "tuple"):
+                walks += walk.args
+        uses = [node for node in nodes if attribute_chain(node) == (self_name(function), attribute)]
+        if any(node not in walks for node in uses):
+            return False
+    return True
 
 
 def _class_of(source: Source, call: ast.Call) -> tuple[Source, ast.ClassDef | None]:
