@@ -91,6 +91,8 @@ class Loop:
     index: str = ""
     """A variable that counts the passes from 0: the gate is `self.alphas[index]`. "": the gate is a loop variable of
     the alphas' name, walked with `zip`."""
+    backwards: bool = False
+    """The modules are walked from the last to the first, and so are the alphas."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
-from rich.console import Console, Group
+from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -19,6 +21,8 @@ from .plan import Norm, Plan, Repair, Site, Verdict, as_dict
 VERSION = 1
 """Of the JSON: it changes when a key is renamed or removed, not when one is added."""
 WIDTH = 100
+_BESIDE = 76
+"""What a table needs beside the column of the files' names."""
 _VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 _STYLES: dict[str, str] = {"converted": "green", "gated": "cyan", "refused": "dim", "long-skip": "yellow"}
 _PLURALS: dict[str, str] = {"long-skip": "long skips", "gated": "already gated", "not-executed": "not executed"}
@@ -90,32 +94,71 @@ class Report:
         lines += _wrapped(today(self.alphas))
         return "\n".join([*lines, *_wrapped([totals(self)])])
 
-    def __rich__(self) -> Group:
-        table = Table(title=Text(_heading(self)), title_justify="left", title_style="bold", pad_edge=False)
-        for name, share in (("where", 5), ("verdict", 2), ("block", 4), ("gate", 2), ("norms and reasons", 5)):
-            table.add_column(name, ratio=share, overflow="fold")
-        for group in grouped(self.plan.sites):
-            site = group.first
-            style = _STYLES.get(site.verdict, "")
-            where = Text(where_of(site.span), style="bold")
-            where.append(f"\n{site.text.strip()}", style="not bold")
-            paths = Text(compact(group.paths))
-            paths.append(f"\n{', '.join(part for part in (site.cls, site.form) if part)}", style="italic")
-            table.add_row(
-                where,
-                Text(f"{site.code}\n{site.verdict}", style=style),
-                paths.append(f"\nx {len(group.paths)}" if len(group.paths) > 1 else ""),
-                Text("\n".join(group.alphas)),
-                Text("\n".join(_remarks(group))),
-            )
-        notes = [Text(f"note: {note}") for note in (*self.plan.notes, *self.notes)]
-        alphas = [Text(line) for line in today(self.alphas)]
-        return Group(table, *notes, *alphas, Text(totals(self), style="bold"))
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """A table where the screen is wide enough for the files' names in a column of their own, else a list."""
+        groups = grouped(self.plan.sites)
+        name = max((len(where_of(group.first.span)) for group in groups), default=0)
+        if name + _BESIDE <= options.max_width:
+            yield _table(_heading(self), groups, name)
+        else:
+            yield Text(_heading(self), style="bold")
+            yield from (_listed(group, options.max_width) for group in groups)
+        yield from (Text(f"note: {note}") for note in (*self.plan.notes, *self.notes))
+        yield from (Text(line) for line in today(self.alphas))
+        yield Text(totals(self), style="bold")
 
     def _repr_html_(self) -> str:
         console = Console(record=True, file=io.StringIO(), width=140, force_jupyter=False)
         console.print(self)
         return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+
+
+def _table(heading: str, groups: Iterable[Sites], name: int) -> Table:
+    """The groups as rows; `name` is the width of the first column."""
+    table = Table(title=Text(heading), title_justify="left", title_style="bold", pad_edge=False, expand=True)
+    table.add_column("where", width=max(name, len("where")), ratio=5, overflow="fold")
+    for column, share in (("verdict", 3), ("block", 4), ("gate", 3), ("norms and reasons", 5)):
+        table.add_column(column, ratio=share, overflow="fold")
+    for group in groups:
+        site = group.first
+        where = Text(where_of(site.span), style="bold")
+        where.append(f"\n{site.text.strip()}", style="not bold")
+        paths = Text(compact(group.paths))
+        paths.append(f"\n{', '.join(part for part in (site.cls, site.form) if part)}", style="italic")
+        table.add_row(
+            where,
+            Text(f"{site.code}\n{site.verdict}", style=_STYLES.get(site.verdict, "")),
+            paths.append(f"\nx {len(group.paths)}" if len(group.paths) > 1 else ""),
+            Text("\n".join(group.alphas)),
+            Text("\n".join(_remarks(group))),
+        )
+    return table
+
+
+def _listed(group: Sites, width: int) -> Group:
+    """A group as lines: the place, then what there is to say of it, indented."""
+    site = group.first
+    times = f" (x {len(group.paths)})" if len(group.paths) > 1 else ""
+    who = ", ".join(part for part in (compact(group.paths) + times, site.cls, *group.alphas) if part)
+    verdict = Text(f"{site.code} {site.verdict}", style=_STYLES.get(site.verdict, ""))
+    verdict.append(f"  {site.form}" if site.form else "", style="italic")
+    room = width - 4
+    code = site.text.strip()
+    code = code if len(code) <= room else f"{code[: room - 4]} ..."
+    rows = [verdict, *(Text(_parted(line, room)) for line in (who, code, *_remarks(group)) if line)]
+    place = Text(_parted(where_of(site.span), width), style="bold")
+    return Group(place, *(Padding(row, (0, 0, 0, 4), expand=False) for row in rows))
+
+
+def _parted(text: str, width: int) -> str:
+    """A text, with line breaks after the separators of words that are wider than a line."""
+    words = []
+    for word in text.split(" "):
+        rows = [""]
+        for part in re.findall(r"[^/\\,]*[/\\,]*", word) if len(word) > width else [word]:
+            rows += [part] if rows[-1] and len(rows[-1]) + len(part) > width else [rows.pop() + part]
+        words.append("\n".join(rows))
+    return " ".join(words)
 
 
 def grouped(sites: Iterable[Site]) -> tuple[Sites, ...]:

@@ -22,6 +22,23 @@ def dropout_add(x, residual, prob, training):
     return out
 
 
+def scaled_add(skip, branch, skip_scale, branch_scale):
+    return skip * skip_scale + branch_scale * F.dropout(branch, 0.1, training=False) / 2
+
+
+def depth_add(branch, skip, depth):
+    scale = 1 / depth**0.5
+    return branch * scale + skip
+
+
+def balanced_add(skip, branch, scale):
+    return skip * scale + branch * scale
+
+
+def squared_add(skip, branch):
+    return skip + branch * branch
+
+
 class Branch(nn.Module):
     def __init__(self, width=8):
         super().__init__()
@@ -210,6 +227,98 @@ class Backwards(Stack):
         return x
 
 
+class BackwardsByNumber(Stack):
+    def forward(self, x):
+        for i in reversed(range(len(self.blocks))):
+            x = x + self.blocks[i](x)
+        return x
+
+
+class BackwardsPairs(Pairs):
+    def forward(self, x):
+        for i, (attn, ff) in enumerate(reversed(self.layers)):
+            x = x + attn(x)
+            x = x + ff(x) * (i + 1)
+        return x
+
+
+class BackwardsZipped(Stack):
+    def forward(self, x):
+        for block, factor in reversed(list(zip(self.blocks, (1.0, 2.0, 3.0), strict=True))):
+            x = x + block(x) * factor
+        return x
+
+
+class OnePass(Stack):
+    def __init__(self):
+        super().__init__(depth=1)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+class EverySecond(Stack):
+    def forward(self, x):
+        for block in self.blocks[::2]:
+            x = x + block(x)
+        for block in self.blocks[1::2]:
+            x = torch.tanh(block(x))
+        return x
+
+
+class LocalList(Stack):
+    def forward(self, x):
+        blocks = self.blocks
+        for block in blocks[1:]:
+            x = x + block(x)
+        return self.blocks[0](x)
+
+
+class LocalNumbered(Stack):
+    def forward(self, x):
+        blocks, passes = list(self.blocks), 3
+        layers = tuple(self.blocks)
+        for i, block in enumerate(layers):
+            x = x + block(x) * passes
+            x = torch.tanh(blocks[i](x))
+        return x
+
+
+class LocalPairs(nn.Module):
+    def __init__(self, width=8, depth=2):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleList([Branch(width), Branch(width)]) for _ in range(depth))
+
+    def forward(self, x, factor=2.0):
+        args = [({"factor": factor}, None)] * len(self.layers)
+        pairs = list(zip(self.layers, args, strict=True))
+        for (attn, ff), (options, _) in pairs:
+            x = x + attn(x) * options["factor"]
+            x = x + ff(x)
+        return x
+
+
+class Appended(Stack):
+    def forward(self, x):
+        blocks = list(self.blocks)
+        blocks.reverse()
+        for block in blocks:
+            x = x + block(x)
+        return x
+
+
+class Rebound(Stack):
+    def forward(self, x):
+        blocks = self.blocks
+        if x.dim() == 3:
+            blocks = blocks[:2]
+        for block in blocks:
+            x = x + block(x)
+        return x
+
+
 class Counted(Stack):
     def forward(self, x):
         i = 0
@@ -250,6 +359,14 @@ class ByKey(ByName):
     def forward(self, x):
         for name in self.blocks:
             x = x + self.blocks[name](x)
+        return x
+
+
+class LocalItems(ByName):
+    def forward(self, x):
+        items = self.blocks.items()
+        for _name, block in items:
+            x = x + block(x)
         return x
 
 
@@ -316,6 +433,14 @@ class Two(nn.Module):
         self.g = nn.Parameter(torch.full((width,), 0.5))
 
 
+class DictionaryOfModules(Two):
+    def forward(self, x):
+        parts = {"attn": self.a, "ff": self.b}
+        for _name, part in parts.items():
+            x = x + part(x)
+        return x
+
+
 class Comprehension(Two):
     def forward(self, x):
         first, second = [x + torch.relu(f(x)) for f in (self.a, self.b)]
@@ -347,6 +472,38 @@ class Helper(Two):
     def forward(self, x):
         x = dropout_add(self.a(x), x, 0.1, self.training)
         return dropout_add(self.b(x), residual=x, prob=0.1, training=self.training)
+
+
+class ScaledHelper(Two):
+    def __init__(self, width=8):
+        super().__init__(width)
+        self.scale = 0.5
+
+    def forward(self, x):
+        x = scaled_add(x, self.a(x), 1.0, self.scale)
+        return scaled_add(x, branch=self.b(x), skip_scale=1, branch_scale=-2.0)
+
+
+class DepthHelper(Two):
+    def forward(self, x):
+        x = depth_add(self.a(x), x, 1)
+        return depth_add(self.b(x), x, depth=2)
+
+
+class BalancedHelper(Two):
+    def forward(self, x):
+        return balanced_add(x, self.a(x), 0.5)
+
+
+class SquaredHelper(Two):
+    def forward(self, x):
+        return squared_add(x, self.a(x))
+
+
+class HelperScaledByInput(Two):
+    def forward(self, x):
+        gate = torch.sigmoid(self.b(x))
+        return scaled_add(x, self.a(x), 1.0, gate)
 
 
 class Parallel(Two):
@@ -556,6 +713,39 @@ class Tuples(Two):
 class Lambda(Two):
     def forward(self, x):
         return (lambda h: h + self.a(h))(x)
+
+
+class HeldLambda(Two):
+    def __init__(self, width=8):
+        super().__init__(width)
+        self.run = lambda x: x + self.a(x)
+
+    def forward(self, x):
+        x = self.run(x)
+        return x + self.b(x)
+
+
+class Calling(nn.Module):
+    def __init__(self, fn):
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x):
+        return self.fn(x)
+
+
+class LambdaInModule(Two):
+    def __init__(self, width=8):
+        super().__init__(width)
+
+        def run(x):
+            return x + self.a(x)
+
+        self.calling = Calling(run)
+
+    def forward(self, x):
+        x = self.calling(x)
+        return x + torch.tanh(self.b(x))
 
 
 class Static(Two):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
+import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,6 +78,105 @@ def test_hand_made_gates_of_all_passes_of_a_loop_are_listed() -> None:
         converted = rz.convert(model, inputs)
     assert [name for name, _ in rz.alphas(converted)] == [f"layers.{n}.scale" for n in range(3)]
     assert all(alpha.item() == pytest.approx(1e-3) for _, alpha in rz.alphas(converted))
+
+
+FILE = """
+import torch
+from torch import nn
+
+
+class Scaled(nn.Module):
+    def __init__(self, branch, value=0.1):
+        super().__init__()
+        self.fn = branch
+        self.scale = nn.Parameter(value * torch.ones(4))
+
+    def forward(self, x):
+        return self.fn(x) * self.scale
+
+
+class Stack(nn.Module):
+    def __init__(self, depth=3):
+        super().__init__()
+        self.layers = nn.ModuleList([])
+        for _ in range(depth):
+            self.layers.append(nn.ModuleList([Scaled(nn.Linear(4, 4)), Scaled(nn.Linear(4, 4), 0.2)]))
+
+    def forward(self, x):
+        for one, two in self.layers:
+            x = one(x) + x
+            x = two(x) + x
+        return x
+
+
+class Comprehended(nn.Module):
+    def __init__(self, depth=3):
+        super().__init__()
+        self.layers = nn.ModuleList(Scaled(nn.Linear(4, 4)) for _ in range(depth))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x) + x
+        return x
+
+
+class Unequal(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = Comprehended(2)
+        self.b = Comprehended(3)
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x)))
+"""
+
+
+def _imported(text: str, path: Path) -> types.ModuleType:
+    path.write_text(text)
+    module = types.ModuleType(path.stem)
+    exec(compile(text, str(path), "exec"), module.__dict__)
+    return module
+
+
+@pytest.mark.parametrize("name", ["Stack", "Comprehended", "Unequal"])
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_gates_of_all_passes_of_a_loop_start_at_zero_in_the_file(name: str, exact: bool, tmp_path: Path) -> None:
+    inputs, path = torch.randn(2, 4), tmp_path / "gates_in_loops.py"
+    model = getattr(_imported(FILE, path), name)()
+    more = {"model": model, "example_inputs": inputs} if exact else {}
+    result = rz.convert_source(FILE, file=str(path), **more)
+    twin = getattr(_imported(result.text, tmp_path / "rewritten.py"), name)()
+    live = rz.convert(model, inputs)
+    assert twin.state_dict().keys() == live.state_dict().keys()
+    for key, _ in rz.alphas(live):
+        assert not twin.get_parameter(key).any()
+        nn.init.normal_(live.get_parameter(key))
+    twin.load_state_dict(live.state_dict())
+    torch.testing.assert_close(twin(inputs), live(inputs))
+    assert rz.convert_source(result.text, file=str(tmp_path / "rewritten.py")).text == result.text
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("in self.layers:\n            x = layer", "in self.layers[1:]:\n            x = layer", "only walked"),
+        (
+            "ModuleList(Scaled(nn.Linear(4, 4)) for _ in range(depth))",
+            "ModuleList(made(depth))",
+            "no argument that sets the start value",
+        ),
+    ],
+)
+def test_gates_of_a_loop_that_the_file_does_not_make_for_it_are_refused(
+    old: str, new: str, reason: str, tmp_path: Path
+) -> None:
+    made = "\n\ndef made(depth):\n    return [Scaled(nn.Linear(4, 4)) for _ in range(depth)]\n"
+    text, path = FILE.replace(old, new) + made, tmp_path / "gates_in_loops.py"
+    model = _imported(text, path).Comprehended()
+    result = rz.convert_source(text, file=str(path), model=model, example_inputs=torch.randn(2, 4))
+    (site,) = (site for site in result.report.plan.sites if site.cls == "Comprehended")
+    assert (site.verdict, site.code) == ("refused", "RZ912")
+    assert reason in site.reason
 
 
 class Reduced(nn.Module):

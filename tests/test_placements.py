@@ -17,8 +17,8 @@ from torch import nn
 import rezero_convert as rz
 
 REFUSED = {
-    "NestedBackwards": ("RZ911", "in a way that a list of alphas cannot be walked beside"),
-    "Backwards": ("RZ911", "in a way that a list of alphas cannot be walked beside"),
+    "Appended": ("RZ911", "in a way that a list of alphas cannot be walked beside"),
+    "Rebound": ("RZ911", "in a way that a list of alphas cannot be walked beside"),
     "SomePasses": ("RZ911", "not every pass of the loop over self.blocks adds its branch"),
     "SlicedByInput": ("RZ911", "self.blocks[:depth], is computed in the method"),
     "Counted": ("RZ911", "no `for` around it"),
@@ -29,6 +29,8 @@ REFUSED = {
     "SummedFromSkip": ("RZ912", "not written as an add"),
     "Held": ("RZ912", "Holder.run, which is no module's method"),
     "ClassRuns": ("RZ912", "ClassRuns.run, which is no module's method"),
+    "SquaredHelper": ("RZ912", "squared_add, where its operand is not one argument"),
+    "HelperScaledByInput": ("RZ912", "scaled_add, where its operand is not one argument"),
     "HelperRuns": ("RZ912", "residual, where its operand is not one argument"),
 }
 GATES = {
@@ -53,6 +55,18 @@ GATES = {
     "EachPart": ["alpha.0", "alpha.1", "alpha.2"],
     "Comprehension": ["alpha.0", "alpha.1"],
     "Display": ["alpha.0", "alpha.1"],
+    "Backwards": ["alpha.0", "alpha.1", "alpha.2"],
+    "BackwardsByNumber": ["alpha.0", "alpha.1", "alpha.2"],
+    "BackwardsPairs": [f"alpha_layers{n}.{i}" for n in ("", "_2") for i in range(3)],
+    "BackwardsZipped": ["alpha.0", "alpha.1", "alpha.2"],
+    "NestedBackwards": ["alpha.0.0", "alpha.0.1", "alpha.1.0", "alpha.1.1"],
+    "OnePass": ["alpha.0"],
+    "EverySecond": ["alpha.0", "alpha.1"],
+    "LocalList": ["alpha.0", "alpha.1"],
+    "LocalNumbered": ["alpha.0", "alpha.1", "alpha.2"],
+    "LocalPairs": [f"alpha_layers{n}.{i}" for n in ("", "_2") for i in range(2)],
+    "LocalItems": ["alpha.0", "alpha.1"],
+    "DictionaryOfModules": ["alpha.0", "alpha.1"],
     "NestedMixed": ["alpha.0.0", "alpha.0.1", "alpha.1.0", "alpha.1.1"],
     "Aggregated": ["alpha"],
     "AggregatedList": ["alpha"],
@@ -64,6 +78,9 @@ GATES = {
     "LerpParameter": ["g"],
     "LerpInput": ["alpha"],
     "Helper": ["alpha_a", "alpha_b"],
+    "ScaledHelper": ["alpha_a", "alpha_b"],
+    "DepthHelper": ["alpha_a", "alpha_b"],
+    "BalancedHelper": ["alpha"],
     "Parallel": ["alpha_a", "alpha_b"],
     "Subtracted": ["alpha"],
     "Addcmul": ["alpha"],
@@ -85,6 +102,8 @@ GATES = {
     "Dataclass": ["alpha_a", "alpha_b"],
     "Tuples": ["alpha"],
     "Lambda": ["alpha"],
+    "HeldLambda": ["alpha_a", "alpha_b"],
+    "LambdaInModule": ["alpha_a", "alpha_b"],
     "Static": ["alpha"],
     "Class": ["alpha"],
     "Timed": ["alpha"],
@@ -144,6 +163,19 @@ def test_a_lerp_by_a_number_is_refused_where_the_gated_weight_would_be_rounded()
     (site,) = rz.audit(make("LerpNumber").bfloat16(), torch.randn(2, 4, 8).bfloat16()).plan.sites
     assert (site.verdict, site.code) == ("refused", "RZ912")
     assert "precision" in site.reason
+
+
+def test_a_function_that_init_made_belongs_to_the_copy() -> None:
+    model, x = make("HeldLambda"), torch.randn(2, 4, 8)
+    before = outputs(model, x, train=False)
+    converted = rz.convert(model, x)
+    nn.init.zeros_(converted.a.linear.weight)
+    nn.init.ones_(converted.alpha_a)
+    assert torch.equal(outputs(model, x, train=False), before)
+    assert not torch.equal(converted.run(x), x)  # the bias is left
+    assert torch.equal(converted.run(x), x + torch.nn.functional.gelu(converted.a.linear.bias))
+    rz.convert(model, x, inplace=True)
+    assert torch.equal(model.run(x), x)
 
 
 def test_a_variable_of_the_alphas_name_is_not_shadowed() -> None:

@@ -221,6 +221,26 @@ def test_rich_keeps_brackets_and_every_gate(plan: Plan, width: int) -> None:
         assert "alpha_attn" in text
 
 
+@pytest.mark.parametrize("width", [60, 80, 100, 120, 160])
+def test_places_are_not_broken_off_on_a_narrow_screen(plan: Plan, width: int) -> None:
+    file = "package/models/vision_transformer.py"
+    sites = tuple(replace(site, span=Span(file, 1234, 8, 1234, 20)) for site in plan.sites)
+    console = Console(width=width, file=io.StringIO(), record=True)
+    console.print(Report(replace(plan, sites=sites), title="Net"))
+    lines = console.export_text().splitlines()
+    assert all(len(line) <= width for line in lines)
+    assert any(f"{file}:1234:9" in line for line in lines)
+    assert any("alpha_attn" in line for line in lines)
+
+
+def test_a_name_wider_than_the_screen_is_parted_after_a_separator(plan: Plan) -> None:
+    file = "/".join(["folder"] * 5 + ["vision_transformer.py"])
+    site = replace(plan.sites[0], span=Span(file, 1, 0, 1, 5), reason="")
+    console = Console(width=30, file=io.StringIO(), record=True)
+    console.print(Report(replace(plan, sites=(site,)), title="Net"))
+    assert "\nfolder/folder/folder/folder/\nfolder/\nvision_transformer.py:1:1\n" in console.export_text()
+
+
 def test_html(plan: Plan) -> None:
     html = Report(plan)._repr_html_()
     assert html.startswith("<pre>")

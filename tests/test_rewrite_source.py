@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import nn
 
+import rezero_convert as rz
 from rezero_convert.errors import ConversionError
 from rezero_convert.plan import Activation, Gate, Norm, Operand, Place, Plan, Repair, Site, Span
 from rezero_convert.rewrite.source import Rewritten, rewrite
@@ -891,6 +892,72 @@ def test_a_conditional_layer_scale_starts_at_one_beside_an_alpha() -> None:
     assert "self.ls1 = LayerScale(dim, init_values=1.0) if init_values else nn.Identity()\n" in result
     assert "        self.attn = Attention(dim)\n        self.alpha = nn.Parameter(torch.zeros(1))\n" in result
     assert "return x + self.alpha * self.ls1(self.attn(x))" in result
+
+
+IMPORTED = dedent("""
+    import torch
+    from torch import nn
+
+    from .scales import Scale
+
+
+    class Block(nn.Module):
+        def __init__(self, dim, init_values=None):
+            super().__init__()
+            self.linear = nn.Linear(dim, dim)
+            self.ls = MADE
+
+        def forward(self, x):
+            return x + self.ls(self.linear(x))
+""")
+
+SCALES = dedent("""
+    import torch
+    from torch import nn
+
+
+    class Scale(nn.Module):
+        def __init__(self, dim, init_std=0.02, start=1e-5):
+            super().__init__()
+            self.std = init_std
+            self.gamma = nn.Parameter(start * torch.ones(dim))
+
+        def forward(self, x):
+            return x * self.gamma
+""")
+
+
+def imported(folder: Path, made: str, scales: str = SCALES) -> rz.SourceResult:
+    """The conversion of a file that imports its LayerScale from the one beside it."""
+    (folder / "scales.py").write_text(scales)
+    return rz.convert_source(IMPORTED.replace("MADE", made), file=str(folder / "blocks.py"))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("Scale(dim, init_std=0.1)", "Scale(dim, init_std=0.1, start=0.0)"),
+        ("Scale(dim, start=1e-6, init_std=0.1)", "Scale(dim, start=0.0, init_std=0.1)"),
+        ("Scale(dim, 0.1, 1e-6)", "Scale(dim, 0.1, 0.0)"),
+    ],
+)
+def test_an_imported_layer_scale_is_set_by_the_argument_that_its_class_fills_it_with(
+    before: str, after: str, tmp_path: Path
+) -> None:
+    assert imported(tmp_path, before).text == IMPORTED.replace("MADE", after)
+
+
+def test_an_imported_layer_scale_without_a_start_argument_is_refused(tmp_path: Path) -> None:
+    fixed = SCALES.replace(", start=1e-5", "").replace("start *", "1e-5 *")
+    result = imported(tmp_path, "Scale(dim, init_std=0.1)", fixed)
+    assert "ls.gamma" in str(result)
+    assert result.text == IMPORTED.replace("MADE", "Scale(dim, init_std=0.1)")
+
+
+def test_an_imported_conditional_layer_scale_starts_at_one(tmp_path: Path) -> None:
+    text = imported(tmp_path, "Scale(dim, start=init_values) if init_values else nn.Identity()").text
+    assert "self.ls = Scale(dim, start=1.0) if init_values else nn.Identity()\n" in text
+    assert "return x + self.alpha * self.ls(self.linear(x))" in text
 
 
 # --- bytes ---

@@ -183,11 +183,12 @@ def _merged(flow: Flow, group: list[Draft], refused: bool) -> Draft:
     for number, gate in enumerate(site.gates):
         weights = [relative(weight, site.path) for draft in passes for weight in _weights(draft, number, gate)]
         recorded = flow.trace.model is not None
-        if len(weights) == 1 and "*" not in weights[0] and (recorded or not weights[0] or gate.at is None):
+        single = len(weights) == 1 and "*" not in weights[0]
+        if single and (not weights[0] or gate.at is None):
             continue
         if "" in weights:
             return _undecided(first, site, "the add runs several times, for branches that lie outside its module")
-        if len(set(weights)) == 1 and "*" not in weights[0] and recorded:
+        if len(weights) > 1 == len(set(weights)) and "*" not in weights[0] and recorded:
             continue  # a weight-tied iteration
         if gate.at is None and "*" not in weights[0]:
             others = _further(gate, [draft.site.gates[number] for draft in passes])
@@ -197,9 +198,11 @@ def _merged(flow: Flow, group: list[Draft], refused: bool) -> Draft:
             requests += [None] * len(others)
             continue
         if gate.at is None:
-            return _undecided(first, site, "an existing gate in a loop")
+            continue  # a class by itself: its text makes the gates of all passes
         elements = partial(_elements, flow, site.path)
         walk = loops.loop_of(gate.at.place, gate.at.span, weights, elements, run=recorded)
+        if single and recorded and not isinstance(walk, loops.Walk):
+            continue  # one pass of a loop whose others do not add
         if not isinstance(walk, loops.Walk):
             return _undecided(first, site, walk)
         made[number] = replace(gate, loops=walk.loops, members=walk.members)

@@ -1,8 +1,8 @@
 """Adds inside plain functions: the gate goes on the argument that carries the branch, at the module's call.
 
 So it does for methods of objects that are no modules, and class methods, which have no module to hold an alpha.
-`dropout_add(x, residual, ...)` of Bloom is `residual + dropout(x)`: a scalar gate commutes with dropout and with
-changes of layout, so `dropout_add(alpha * x, residual, ...)` is the same.
+`dropout_add(x, residual, ...)` of Bloom is `residual + dropout(x)`: a scalar gate commutes with dropout, with changes
+of layout and with factors, so `dropout_add(alpha * x, residual, ...)` is the same.
 """
 
 from __future__ import annotations
@@ -37,12 +37,17 @@ def argument(frames: Sequence[Frame], at: Operand) -> Operand | Refused:
         expression = code.operand(at)
         if definition is None or expression is None:
             return f"the add is inside {name}, whose text cannot be read"
-        parameter = _parameter(definition, expression, expression.lineno)
-        if parameter is None and _is_method(inner):
+        parameters = _parameters(definition, expression, expression.lineno)
+        if not parameters and _is_method(inner):
             return f"the add is inside {name}, which is no module's method: no module there can hold the branch's alpha"
-        if parameter is None:
-            return f"the add is inside {name}, where its operand is not one argument, at most through dropout"
-        index = _position(inner, definition, outer, parameter)
+        places = {parameter: _position(inner, definition, outer, parameter) for parameter in parameters}
+        if len(places) > 1:
+            places = {key: place for key, place in places.items() if place is None or not _is_fixed(outer, place)}
+        if len(places) != 1:
+            return (
+                f"the add is inside {name}, where its operand is not one argument, at most through dropout and factors"
+            )
+        ((parameter, index),) = places.items()
         if index is None:
             return f"the add is inside {name}, and its argument {parameter} is not found at the call {outer.span}"
         at = Operand(outer.place, outer.span, index)
@@ -57,29 +62,54 @@ def _definition(frame: Frame) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
     return found if isinstance(found, (ast.FunctionDef, ast.AsyncFunctionDef)) else None
 
 
-def _parameter(definition: ast.FunctionDef | ast.AsyncFunctionDef, node: ast.expr, before: int) -> str | None:
-    """The parameter whose value an expression is, at most through operations that a scalar commutes with."""
+def _parameters(definition: ast.FunctionDef | ast.AsyncFunctionDef, node: ast.expr, before: int) -> tuple[str, ...]:
+    """The parameters that an expression is proportional to: at most through operations that a scalar commutes with."""
     if isinstance(node, ast.Call):
         function = node.func
         name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
         if of_function(name).kind not in _COMMUTING:
-            return None
+            return ()
         if node.args and not (isinstance(function, ast.Attribute) and _is_value(definition, function.value)):
-            return _parameter(definition, node.args[0], before)
-        return _parameter(definition, function.value, before) if isinstance(function, ast.Attribute) else None
+            return _parameters(definition, node.args[0], before)
+        return _parameters(definition, function.value, before) if isinstance(function, ast.Attribute) else ()
+    if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Mult, ast.Div)):
+        sides = (node.left, node.right) if isinstance(node.op, ast.Mult) else (node.left,)
+        found = [name for side in sides for name in _parameters(definition, side, before)]
+        return tuple(name for name in found if _reads(definition, name) == 1)
     if not isinstance(node, ast.Name):
-        return None
-    given = [
+        return ()
+    given = [statement for statement in _given(definition, node.id) if statement.lineno < before]
+    if given:
+        last = max(given, key=lambda statement: statement.lineno)
+        return _parameters(definition, last.value, last.lineno)
+    return (node.id,) if node.id in _names(definition) else ()
+
+
+def _given(definition: ast.FunctionDef | ast.AsyncFunctionDef, name: str) -> list[ast.Assign]:
+    """The statements that give a variable a value."""
+    return [
         statement
         for statement in ast.walk(definition)
         if isinstance(statement, ast.Assign)
-        and statement.lineno < before
-        and any(isinstance(target, ast.Name) and target.id == node.id for target in statement.targets)
+        and any(isinstance(target, ast.Name) and target.id == name for target in statement.targets)
     ]
-    if given:
-        last = max(given, key=lambda statement: statement.lineno)
-        return _parameter(definition, last.value, last.lineno)
-    return node.id if node.id in _names(definition) else None
+
+
+def _reads(definition: ast.FunctionDef | ast.AsyncFunctionDef, parameter: str) -> int:
+    """How often the text reads a parameter before it gives it another value."""
+    nodes = [node for node in ast.walk(definition) if isinstance(node, ast.Name) and node.id == parameter]
+    last = min((statement.lineno for statement in _given(definition, parameter)), default=None)
+    return sum(isinstance(node.ctx, ast.Load) and (last is None or node.lineno <= last) for node in nodes)
+
+
+def _is_fixed(outer: Frame, index: int | str) -> bool:
+    """Whether a call's argument is a constant or an attribute, so that it is not computed there."""
+    given = code.operand(Operand(outer.place, outer.span, index))
+    while isinstance(given, (ast.UnaryOp, ast.Attribute)):
+        given = given.operand if isinstance(given, ast.UnaryOp) else given.value
+        if isinstance(given, ast.Name):
+            return True
+    return isinstance(given, ast.Constant)
 
 
 def _is_value(definition: ast.FunctionDef | ast.AsyncFunctionDef, node: ast.expr) -> bool:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .. import sources
 from ..errors import ConversionError
 from ..plan import Loop, Place, Span
-from . import code
+from . import code, iterables
 
 Refused = str
 """Why not, as a sentence."""
@@ -45,6 +45,7 @@ class _Star:
     """What the clause goes through, or the list that its count is an index of."""
     variable: str
     index: str
+    backwards: bool = False
     choices: tuple[str, ...] = ()
     """The paths that a display of modules holds, `for f in (self.a, self.b)`."""
 
@@ -141,12 +142,14 @@ class _Names:
 
 def _names_in(place: Place, clauses: Sequence[_Clause]) -> _Names:
     names = _Names({code.self_name(place): ()}, {}, {})
+    values = iterables.variables(place)
     for clause in clauses:
-        index = _count_variable(clause)
+        walk = iterables.expanded(clause.iter, values)
+        index = _count_variable(clause.target, walk)
         if index:
             names.counters[index] = clause
-        for target, walked in _walked(clause.target, clause.iter):
-            _enter(clause, target, walked, index, names)
+        for target, walked, backwards in _walked(clause.target, walk):
+            _enter(target, _Star(clause, walked, ast.unparse(target), index, backwards), names)
     return names
 
 
@@ -162,7 +165,10 @@ def _paths(place: Place, clauses: Sequence[_Clause]) -> Iterator[_Path]:
 
 def _subscripts(place: Place) -> list[ast.Subscript]:
     definition = sources.function(place)
-    return [node for node in ast.walk(definition) if isinstance(node, ast.Subscript)] if definition is not None else []
+    nodes = ast.walk(definition) if definition is not None else ()
+    values = iterables.variables(place)
+    subscripts = (iterables.expanded(node, values) for node in nodes if isinstance(node, ast.Subscript))
+    return [node for node in subscripts if isinstance(node, ast.Subscript)]
 
 
 def _is_keyed(place: Place, around: Sequence[_Clause], weight: tuple[str, ...]) -> bool:
@@ -193,49 +199,49 @@ def _path(node: ast.expr, names: _Names) -> _Path | None:
     return element if element is not None and element[:-1] == base else None
 
 
-def _walked(target: ast.expr, walk: ast.expr) -> Iterator[tuple[ast.expr, ast.expr]]:
-    """The lists that go into a `for` clause, each with the variables for its elements."""
-    if isinstance(walk, ast.Call) and isinstance(walk.func, ast.Name) and isinstance(target, ast.Tuple):
+def _walked(target: ast.expr, walk: ast.expr, *, backwards: bool = False) -> Iterator[tuple[ast.expr, ast.expr, bool]]:
+    """The lists that go into a `for` clause, each with the variables for its elements, and whether from its end."""
+    inner = iterables.wrapped(walk, "reversed")
+    if inner is not None:
+        yield from _walked(target, inner, backwards=not backwards)
+    elif isinstance(walk, ast.Call) and isinstance(walk.func, ast.Name) and isinstance(target, ast.Tuple):
         lists = {"zip": walk.args, "enumerate": walk.args[:1]}.get(walk.func.id, [])
         for variable, part in zip(target.elts[-len(lists) :] if lists else (), lists, strict=False):
-            yield from _walked(variable, part)
+            yield from _walked(variable, part, backwards=backwards)
     else:
-        yield target, walk
+        yield target, walk, backwards
 
 
-def _enter(clause: _Clause, target: ast.expr, walked: ast.expr, index: str, names: _Names) -> None:
+def _enter(target: ast.expr, star: _Star, names: _Names) -> None:
     """Note what a loop's variables stand for: elements of a list, a slice, a dictionary or a display of modules."""
-    variable = ast.unparse(target)
-    if isinstance(walked, (ast.Tuple, ast.List)):
-        held = [_path(element, names) or () for element in walked.elts]
-        choices = tuple(".".join(part for part in path if isinstance(part, str)) for path in held)
-        whole = all(choices) and not any(map(_stars, held))
-        _bind(target, (_Star(clause, walked, variable, index, choices),) if whole else None, names)
-        return
-    container, method = _unsliced(walked), ""
-    if isinstance(walked, ast.Call) and isinstance(walked.func, ast.Attribute) and not walked.args:
-        container, method = walked.func.value, walked.func.attr
-    base = _path(container, names)
-    if base is not None and (method in ("", *_VALUES, *_ITEMS)):
-        element: _Path | None = (*base, _Star(clause, walked, variable, index))
-    else:
-        element = None
+    container: ast.expr = _unsliced(star.walked)
+    method = ""
+    if isinstance(container, ast.Call) and isinstance(container.func, ast.Attribute) and not container.args:
+        method, container = container.func.attr, container.func.value
     key = target
-    if method in _ITEMS:
+    if method in iterables.ITEMS:
         if not isinstance(target, ast.Tuple) or len(target.elts) != 2:
             return
         key, target = target.elts
-    if isinstance(key, ast.Name) and element is not None and method not in _VALUES:
+    display = container.elts if isinstance(container, (ast.Tuple, ast.List)) else None
+    if isinstance(container, ast.Dict) and method:
+        display = container.values
+    if display is not None:
+        held = [_path(element, names) or () for element in display]
+        choices = tuple(".".join(part for part in path if isinstance(part, str)) for path in held)
+        whole = all(choices) and not any(map(_stars, held))
+        _bind(target, (replace(star, choices=choices),) if whole else None, names)
+        return
+    base = _path(container, names)
+    known = base is not None and method in ("", *iterables.VALUES, *iterables.ITEMS)
+    element = (*base, star) if base is not None and known else None
+    if isinstance(key, ast.Name) and element is not None and method not in iterables.VALUES:
         names.keys[key.id] = element
     _bind(target, element, names)
 
 
-_VALUES, _ITEMS = ("values", "children"), ("items", "named_children")
-
-
 def _unsliced(walked: ast.expr) -> ast.expr:
-    sliced = isinstance(walked, ast.Subscript) and isinstance(walked.slice, ast.Slice) and walked.slice.step is None
-    return walked.value if isinstance(walked, ast.Subscript) and sliced else walked
+    return walked.value if isinstance(walked, ast.Subscript) and isinstance(walked.slice, ast.Slice) else walked
 
 
 def _bind(target: ast.expr, path: _Path | None, names: _Names) -> None:
@@ -248,16 +254,14 @@ def _bind(target: ast.expr, path: _Path | None, names: _Names) -> None:
             _bind(element, (*path, str(number)) if path is not None else None, names)
 
 
-def _count_variable(loop: _Clause) -> str:
-    """The variable that counts the passes of a loop from 0, "" if it has none."""
-    call, target = loop.iter, loop.target
-    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.keywords or len(call.args) != 1:
-        return ""
-    if call.func.id == "range" and isinstance(target, ast.Name):
+def _count_variable(target: ast.expr, walk: ast.expr) -> str:
+    """The variable that counts the passes of a loop from 0, or down to it; "" if it has none."""
+    walk = iterables.wrapped(walk, "reversed") or walk
+    if iterables.wrapped(walk, "range") is not None and isinstance(target, ast.Name):
         return target.id
-    if call.func.id == "enumerate" and isinstance(target, ast.Tuple) and isinstance(target.elts[0], ast.Name):
-        return target.elts[0].id
-    return ""
+    counted = iterables.wrapped(walk, "enumerate") is not None and isinstance(target, ast.Tuple)
+    first = target.elts[0] if counted and isinstance(target, ast.Tuple) else None
+    return first.id if isinstance(first, ast.Name) else ""
 
 
 def _walk(place: Place, path: _Path, found: list[tuple[str, ...]], elements: Elements) -> Walk | Refused:
@@ -286,7 +290,8 @@ def _walk(place: Place, path: _Path, found: list[tuple[str, ...]], elements: Ele
             numbers |= {(*prefix, name): walked.index(name) for name in own}
         counted = level + 1 < len(stars) and star.variable == star.index
         modules = f"range(len({written}))" if counted else written
-        loops.append(Loop(_first_variable(place.file, star.clause), modules, star.variable, star.index))
+        backwards = star.backwards and not star.index
+        loops.append(Loop(_first_variable(place.file, star.clause), modules, star.variable, star.index, backwards))
     members = sorted([numbers[names[: level + 1]] for level in range(len(stars))] for names in found)
     return Walk(tuple(loops), tuple(".".join(map(str, member)) for member in members))
 
@@ -303,7 +308,7 @@ def _range(walked: ast.expr, found: list[int], length: int) -> range:
         return range(length)
     assert isinstance(walked, ast.Subscript)
     assert isinstance(walked.slice, ast.Slice)
-    ends = (walked.slice.lower, walked.slice.upper)
+    ends = (walked.slice.lower, walked.slice.upper, walked.slice.step)
     try:
         return range(length)[slice(*[None if end is None else int(ast.literal_eval(end)) for end in ends])]
     except (ValueError, TypeError):
@@ -311,7 +316,8 @@ def _range(walked: ast.expr, found: list[int], length: int) -> range:
 
 
 def _written(file: str, node: ast.expr, me: str) -> str:
-    text = " ".join(sources.segment(sources.span_of(file, node)).split())
+    whole = hasattr(node, "lineno")
+    text = " ".join(sources.segment(sources.span_of(file, node)).split()) if whole else ast.unparse(node)
     return text if me == "self" else re.sub(rf"\b{me}\b", "self", text)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .recompile import parts, rebuilt
+from .recompile import closed_over, moved, parts, rebuilt
 
 RECORDS = ("rezero_gates", "rezero_undo", "rezero_plan")
 CALLABLES = (FunctionType, MethodType, functools.partial)
@@ -175,10 +175,22 @@ def _rebound(value: Any, holder: nn.Module, changed: Mapping[int, Sequence[tuple
     if not isinstance(value, CALLABLES):
         return value
     owners = [id(part.__self__) for part in parts(value) if isinstance(part, MethodType)]
+    owners += map(id, closed_over(value))
     for owner in dict.fromkeys([id(holder), *owners]):
         for old, new in changed.get(owner, ()):
             value = rebuilt(value, old, new, {})
     return value
+
+
+def rejoined(made: nn.Module, model: nn.Module) -> nn.Module:
+    """`made`, a deep copy of `model`, with its own modules in the closures of the functions that it holds."""
+    named = dict(made.named_modules())
+    twins = {id(module): named[path] for path, module in model.named_modules() if path in named}
+    for module in made.modules():
+        for name, value in list(module.__dict__.items()):
+            if isinstance(value, FunctionType):
+                module.__dict__[name] = moved(value, twins)
+    return made
 
 
 def floats(module: nn.Module) -> Iterator[Tensor]:

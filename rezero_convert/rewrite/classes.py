@@ -181,9 +181,25 @@ def _descend(
             found += resolve(source, inner, parts)
             continue
         element = _element(source, call, parts[0], made.function if made is not None else None)
-        if element is not None:
-            found += _descend(source, host, element, parts[1:], None)
+        for one in _elements(call, made) if parts[0] == "*" else [element]:
+            if one is not None:
+                found += _descend(source, host, one, parts[1:], None)
     return found
+
+
+def _elements(call: ast.Call, made: Made | None) -> list[ast.expr]:
+    """What makes all elements of a list of modules, by a display, a comprehension or `append`; [] if that is open."""
+    found: list[ast.expr] = []
+    for given in call.args:
+        parts = given.elts if isinstance(given, (ast.List, ast.Tuple)) else [given]
+        found += [part.elt if isinstance(part, (ast.ListComp, ast.GeneratorExp)) else part for part in parts]
+    targets = made.stmt.targets if made is not None and isinstance(made.stmt, ast.Assign) else []
+    for node in ast.walk(made.function) if made is not None else ():
+        called = node.func if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else None
+        if called is not None and attribute_chain(called.value) in [attribute_chain(target) for target in targets]:
+            found += node.args if isinstance(node, ast.Call) and called.attr == "append" else [called]
+    clear = all(isinstance(part, ast.Call) and constructor_calls(part) for part in found)
+    return found if clear else []
 
 
 def _element(source: Source, call: ast.Call, key: str, function: Function | None) -> ast.expr | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 
+from .. import sources
+from ..capture import static_names
 from ..errors import ConversionError
 from .classes import (
     Names,
@@ -20,7 +22,7 @@ from .classes import (
     resolve,
     self_name,
 )
-from .splice import Edit, Source, statements
+from .splice import Edit, Source, parse, statements
 
 
 def existing_edits(source: Source, cls: ast.ClassDef, path: str, init: float, names: Names) -> list[Edit]:
@@ -110,17 +112,22 @@ def _held_edits(source: Source, cls: ast.ClassDef, parts: list[str], init: float
     """Sets the gate inside a module (LayerScale): at its construction if that says the value, else in its class."""
     edits: list[Edit] = []
     found = False
+    if "*" in parts and not _is_only_walked(source, cls, parts[0]):
+        raise ConversionError(
+            f"{source.file}:{cls.lineno}: {'.'.join(parts)} of {cls.name} are the gates of a loop, and {parts[0]} is "
+            "not only walked from end to end"
+        )
     for _, value, _ in resolve(source, cls, parts[:-1]):
         for call in constructor_calls(value):
             if last_name(call.func) == "Identity":
                 continue
             found = True
-            scale = find_class(source, last_name(call.func))
-            edit = _argument_edit(source, call, scale, parts[-1], init)
+            home, scale = _class_of(source, call)
+            edit = _argument_edit(source, call, home, scale, parts[-1], init) if scale is not None else None
             if edit is not None:
                 edits.append(edit)
                 continue
-            if scale is None:
+            if scale is None or home is not source:
                 raise ConversionError(
                     f"{source.file}:{call.lineno}: {source.segment(call)} has no argument that sets the start value of "
                     f"{'.'.join(parts)}"
@@ -136,14 +143,40 @@ def _held_edits(source: Source, cls: ast.ClassDef, parts: list[str], init: float
     return edits
 
 
+def _is_only_walked(source: Source, cls: ast.ClassDef, attribute: str) -> bool:
+    """Whether a class does nothing else with a list of modules, once made, than walk it as a whole."""
+    for function in (function for one in lineage(source, cls) for function in methods_of(one)):
+        nodes = list(ast.walk(function)) if function.name != "__init__" else []
+        walks = [node.iter for node in nodes if isinstance(node, (ast.For, ast.comprehension))]
+        for walk in walks:
+            if isinstance(walk, ast.Call) and last_name(walk.func) in ("zip", "enumerate", "reversed", "list", "tuple"):
+                walks += walk.args
+        uses = [node for node in nodes if attribute_chain(node) == (self_name(function), attribute)]
+        if any(node not in walks for node in uses):
+            return False
+    return True
+
+
+def _class_of(source: Source, call: ast.Call) -> tuple[Source, ast.ClassDef | None]:
+    """The class that a call makes an instance of, and the text that defines it: the file's or an imported one's."""
+    own = find_class(source, last_name(call.func))
+    found = static_names.dotted(source.file, call.func) if own is None else None
+    if not isinstance(found, static_names.ClassRef):
+        return source, own
+    home = parse(sources.text(found.file), found.file)
+    return home, find_class(home, found.node.name)
+
+
 def _argument_edit(
-    source: Source, call: ast.Call, scale: ast.ClassDef | None, attribute: str, init: float
+    source: Source, call: ast.Call, home: Source, scale: ast.ClassDef, attribute: str, init: float
 ) -> Edit | None:
-    """The constructor argument that is the gate's start value, set; None if there is none."""
-    if scale is None:
-        given = [k for k in call.keywords if k.arg is not None and "init" in k.arg]
-        return Edit(*source.span(given[0].value), repr(init)) if len(given) == 1 else None
-    name = _start_argument(source, scale, attribute)
+    """The constructor argument that is the gate's start value, set; None if there is none.
+
+    Args:
+        source: holds the call.
+        home: holds the class.
+    """
+    name = _start_argument(home, scale, attribute)
     function = method_of(scale, "__init__")
     if name is None or function is None or any(k.arg is None for k in call.keywords if name not in _given(call)):
         return None
@@ -200,18 +233,18 @@ def arm_edits(source: Source, cls: ast.ClassDef, attribute: str, names: Names) -
     ):
         return []
     for call in arms:
-        scale = find_class(source, last_name(call.func))
-        parameters = [] if scale is None else _own_parameters(source, scale)
-        if scale is None:
-            edit = _argument_edit(source, call, None, "", 1.0)
-            edits += [edit] if edit is not None and any("init" in (k.arg or "") for k in call.keywords) else []
-        elif len(parameters) == 1:
-            edit = _argument_edit(source, call, scale, parameters[0], 1.0)
-            edits += [edit] if edit is not None else _value_edits(source, scale, parameters[0], 1.0, names)[0]
+        home, scale = _class_of(source, call)
+        parameters = [] if scale is None else _own_parameters(scale)
+        if scale is not None and len(parameters) == 1:
+            edit = _argument_edit(source, call, home, scale, parameters[0], 1.0)
+            if edit is not None:
+                edits.append(edit)
+            elif home is source:
+                edits += _value_edits(source, scale, parameters[0], 1.0, names)[0]
     return edits
 
 
-def _own_parameters(source: Source, cls: ast.ClassDef) -> list[str]:
+def _own_parameters(cls: ast.ClassDef) -> list[str]:
     found = []
     for function in methods_of(cls):
         for stmt in statements(function.body):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 from dataclasses import dataclass
 
 from ..errors import ConversionError
@@ -47,7 +48,9 @@ def collect(source: Source, plan: Plan, file: str) -> Jobs:
                 if gate.conditional:
                     arms.update(dict.fromkeys((index, name) for name in _called(source, gate.at)))
             elif gate.existing and site.span is not None and site.span.file == file:
-                existing.setdefault((_instance_class(source, site, gate.alpha), gate.alpha), gate)
+                path = _of_all_passes(site, gate)
+                index = _instance_class(source, site, path)
+                existing.setdefault((index, path), dataclasses.replace(gate, alpha=path))
         for norm in site.norms:
             _norm_jobs(source, site, norm, dropped, slots, biases)
         for repair in site.repairs if site.span is not None and site.span.file == file else ():
@@ -63,6 +66,17 @@ def collect(source: Source, plan: Plan, file: str) -> Jobs:
         tuple(biases),
         tuple((*key, certain) for key, certain in repairs.items()),
     )
+
+
+def _of_all_passes(site: Site, gate: Gate) -> str:
+    """A gate's path; "*" for the elements of a list, `layers.*.scale`, where each pass of a loop ends in its own."""
+    parts = gate.alpha.split(".")
+    others = [other for other in site.gates if gate.existing and other.existing and other != gate]
+    alike = [other.alpha.split(".") for other in others if site.calls > 1]
+    alike = [other for other in alike if len(other) == len(parts)]
+    differ = [{number for number, (a, b) in enumerate(zip(parts, other, strict=True)) if a != b} for other in alike]
+    passes = {number for places in differ for number in places if all(parts[n].isdigit() for n in places)}
+    return ".".join("*" if number in passes else part for number, part in enumerate(parts))
 
 
 def _norm_jobs(
@@ -128,7 +142,7 @@ def check_agreement(plan: Plan, file: str) -> None:
     for site in plan.converted:
         decisions: list[tuple[str, Span, object]] = []
         if site.span is not None and site.gates:
-            made = {(g.at, g.alpha, g.existing) for g in site.gates}
+            made = {(g.at, _of_all_passes(site, g), g.existing) for g in site.gates}
             decisions.append(("gates", site.span, frozenset(made)))
         decisions += [(f"norm {n.attribute}", n.at.span, n.action) for n in site.norms if n.at is not None]
         if site.activation is not None:

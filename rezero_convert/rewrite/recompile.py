@@ -10,7 +10,7 @@ import ast
 import functools
 import hashlib
 import opcode
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
@@ -27,6 +27,15 @@ _FUTURE = sum({getattr(__future__, name).compiler_flag for name in __future__.al
 def is_at(code: CodeType, qualname: str | None, line: int) -> bool:
     """Whether a function's code starts at this line of its file, under this name (None for any)."""
     return code.co_firstlineno == line and qualname in (None, code.co_qualname)
+
+
+def within(old: CodeType, new: CodeType) -> Iterator[tuple[CodeType, CodeType]]:
+    """A function's code and that of the functions in it, each with its edited twin."""
+    yield old, new
+    inner = [[const for const in code.co_consts if isinstance(const, CodeType)] for code in (old, new)]
+    for one, other in zip(*inner, strict=False):
+        if one.co_qualname == other.co_qualname:
+            yield from within(one, other)
 
 
 # --- functions inside decorators ---
@@ -60,6 +69,23 @@ def parts(value: Any) -> Iterator[Any]:
         seen.add(id(item))
         yield item
         queue += _inner(item)
+
+
+def closed_over(value: Any) -> Iterator[nn.Module]:
+    """The modules in the closures of a method and of what it wraps."""
+    cells = (cell for part in parts(value) if isinstance(part, FunctionType) for cell in part.__closure__ or ())
+    return (cell.cell_contents for cell in cells if _filled(cell) and isinstance(cell.cell_contents, nn.Module))
+
+
+def moved(value: FunctionType, twins: Mapping[int, nn.Module]) -> FunctionType:
+    """A function with other modules in its closure, by the ids of the old ones; itself if it has none of them."""
+    before = value.__closure__ or ()
+    inside = [twins.get(id(cell.cell_contents)) if _filled(cell) else None for cell in before]
+    if not any(twin is not None for twin in inside):
+        return value
+    cells = [cell if twin is None else CellType(twin) for cell, twin in zip(before, inside, strict=True)]
+    made = FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, tuple(cells))
+    return _described(made, value)
 
 
 def codes(value: Any) -> Iterator[CodeType]:
@@ -125,12 +151,18 @@ def _rebuilt_function(value: FunctionType, old: CodeType, new: CodeType, memo: d
     memo[id(value)] = made
     for target, cell in changed:
         target.cell_contents = rebuilt(cell.cell_contents, old, new, memo)
-    made.__kwdefaults__ = value.__kwdefaults__
-    made.__annotations__ = dict(value.__annotations__)
-    made.__qualname__, made.__module__, made.__doc__ = value.__qualname__, value.__module__, value.__doc__
-    made.__dict__.update(value.__dict__)
+    _described(made, value)
     if "__wrapped__" in made.__dict__:
         made.__dict__["__wrapped__"] = rebuilt(made.__dict__["__wrapped__"], old, new, memo)
+    return made
+
+
+def _described(made: FunctionType, like: FunctionType) -> FunctionType:
+    """`made`, with all that describes the function it stands for."""
+    made.__kwdefaults__ = like.__kwdefaults__
+    made.__annotations__ = dict(like.__annotations__)
+    made.__qualname__, made.__module__, made.__doc__ = like.__qualname__, like.__module__, like.__doc__
+    made.__dict__.update(like.__dict__)
     return made
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import sources
 from ..errors import ConversionError
-from .recompile import codes, compiled, is_at, rebuilt
+from .recompile import codes, compiled, is_at, rebuilt, within
 
 
 def rezero_gate(alpha: Tensor, branch: Tensor | float) -> Tensor:
@@ -73,14 +73,17 @@ def original_of(cls: type) -> type[Any]:
 
 
 def code_changes(before: type, after: type) -> list[tuple[CodeType, CodeType]]:
-    """The code of methods in `before` with what `after` has in its place; both are one user's class or made of it."""
+    """The code of methods in `before` with what `after` has in its place; both are one user's class or made of it.
+
+    So for the functions that a method makes: `__init__` may have left one on the instance.
+    """
     old, new = _codes_of(before), _codes_of(after)
-    changes = []
+    changes: list[tuple[CodeType, CodeType]] = []
     for key in dict.fromkeys([*old, *new]):
         first = old[key][1] if key in old else new[key][0]
         second = new[key][1] if key in new else old[key][0]
         if first is not second:
-            changes.append((first, second))
+            changes += within(first, second)
     return changes
 
 

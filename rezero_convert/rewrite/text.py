@@ -368,6 +368,8 @@ class _Editor(cst.CSTTransformer):
             name = change.alpha.replace("alpha", "alpha" + "s" * (len(clauses) - depth), 1)
             if name in used:
                 name = f"rezero_{name}"
+            if loop.backwards:
+                alpha = cst.Call(cst.Name("reversed"), [cst.Arg(alpha)])
             self.walks.setdefault(clause, {})[name] = alpha
             alpha = cst.Name(name)
         self.walked[change.where.span, change.where.index] = alpha
