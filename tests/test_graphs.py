@@ -187,6 +187,56 @@ def test_it_agrees_with_the_module_route(model: str, door: str) -> None:
         torch.testing.assert_close(theirs[name], gradient, msg=name)
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_make_fx_agrees_with_the_module_route_in_all_but_names(model: str) -> None:
+    original, traced, x = made(model, "make_fx")
+    module, graph = rz.convert(original, x), rz.convert(traced, x)
+    agree_in_order(module, graph)
+    torch.testing.assert_close(graph(x), module(x))
+
+
+def agree_in_order(module: nn.Module, graph: nn.Module) -> None:
+    """The same random gates, in order."""
+    ours, theirs = list(rz.alphas(module)), list(rz.alphas(graph))
+    with torch.no_grad():
+        for (_, one), (_, other) in zip(ours, theirs, strict=True):
+            one.uniform_(0.5, 1.5)
+            other.copy_(one)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_graphs_of_torch_compile_backends(model: str) -> None:
+    original, _, x = made(model, "symbolic_trace")
+    module = rz.convert(original, x)
+    found: list[nn.Module] = []
+
+    def backend(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        converted = rz.convert(graph, tuple(inputs))
+        agree_in_order(module, converted)
+        found.append(converted)
+        return converted.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(original, backend=backend)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), module(x))
+    (converted,) = found
+    assert isinstance(converted, fx.GraphModule)
+    alphas = names(converted)
+    assert len(alphas) == {"transformer": 4, "resnet": 3}[model]
+    assert all(hasattr(converted, name) for name in alphas)  # the parameters are inputs: no module could hold them
+
+
+def test_an_input_that_is_no_weight_is_not_taken_for_one() -> None:
+    class Mixed(nn.Module):
+        def forward(self, x: Tensor, other: Tensor, weight: Tensor) -> Tensor:
+            return x + F.linear(F.relu(other), weight)
+
+    traced = fx.symbolic_trace(Mixed())
+    (site,) = rz.audit(traced, (torch.randn(2, 8), torch.randn(2, 8), torch.randn(8, 8))).plan.sites
+    assert (site.verdict, site.code) == ("refused", "RZ901")
+
+
 @pytest.mark.parametrize("door", ["symbolic_trace", "export", "make_fx"])
 def test_unconvert_gives_the_graph_back(door: str) -> None:
     _, traced, x = made("resnet", door)

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from torch import fx, nn
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from .. import sources
 from ..plan import Place, Span
@@ -34,6 +35,7 @@ class Text(NamedTuple):
 
 def text_of(module: fx.GraphModule) -> Text:
     """Where the generated code of a graph module is, and what it computes."""
+    _LazyGraphModule.force_recompile(module)  # torch.compile generates code at the first call only
     file = type(module).forward.__code__.co_filename
     return Text(file, dict(_statements(file, {node.name: node for node in module.graph.nodes})))
 
@@ -69,6 +71,11 @@ def unflattened(trace: Trace) -> Trace:
     """The trace with the module executions that graph modules among the traced ones were flattened from."""
     if trace.model is None:
         return trace
+    if isinstance(trace.model, fx.GraphModule):
+        for node in trace.graph.find_nodes(op="placeholder"):
+            if _is_lifted(node):
+                known = facts.Facts("parameter", "Parameter")
+                node.meta["origin"] = dataclasses.replace(origin(node), facts=known)
     same: dict[Span, Span] = {}
     calls = list(trace.calls)
     for path, module in graph_modules(trace.model).items():
@@ -77,6 +84,26 @@ def unflattened(trace: Trace) -> Trace:
     if not same:
         return trace
     return dataclasses.replace(trace, calls=tuple(calls), generated=same)
+
+
+def _is_lifted(node: fx.Node) -> bool:
+    """Whether a value is only ever a weight, bias or statistic of layers: torch.compile makes them inputs."""
+    users = [user for user in node.users if user.op != "output"]  # torch.autograd's graphs return what it saves
+    return bool(users) and all(_takes_as_weight(user, node) for user in users)
+
+
+def _takes_as_weight(user: fx.Node, node: fx.Node) -> bool:
+    here, dtype = origin(user).facts, origin(node).dtype
+    if dtype is None or not dtype.is_floating_point:
+        return False
+    if here.kind == "layout":
+        return _is_lifted(user)
+    if here.type == "mm":
+        return node.op != "placeholder" and user.args[0] is not node
+    if here.kind not in ("linear", "norm", "embedding"):
+        return False
+    stream = {"addmm": 1, "baddbmm": 1}.get(here.type, 0)
+    return here.kind == "embedding" or (user.args[stream : stream + 1] != (node,) and user.kwargs.get("input") != node)
 
 
 class _Level(NamedTuple):
@@ -132,7 +159,9 @@ class _Unflattening:
             if key not in self.made:
                 path = ".".join(part for part in (self.path, level.path) if part)
                 around = (*frames[:-1], self._frame(frames[-1], call))
-                self.made[key] = Call(path, level.cls, level.facts, call, around, self._module(path))
+                module = self._module(path)
+                own = call.path if module is None else path
+                self.made[key] = Call(own, level.cls, level.facts, call, around, module)
             call = self.made[key]
         return call, (*frames[:-1], self._frame(frames[-1], call))
 
@@ -153,7 +182,7 @@ class _Unflattening:
 
     def _canonical(self, call: Call, here: Origin, span: Span) -> Span:
         """The span that stands for the same add of other executions of the class, by its number among the adds."""
-        if here.facts.type not in _ADDS:
+        if here.facts.type not in _ADDS or call.module is None:
             return span
         number = self.adds[call] = self.adds.get(call, 0) + 1
         return self.first.setdefault((call.cls, number), span)

@@ -35,9 +35,15 @@ def of_branch(flow: Flow, branch: Branch, block: Block, options: Options) -> Ite
     for node in crossed:
         place = order[node]
         position: Position = "pre" if place < weighted[0] else "end" if place > weighted[-1] else "inside"
-        readers = [user for user in flow.users[node] if user not in inside]
+        readers = [user for user in flow.users[node] if user not in inside and not _is_dead(flow, user)]
         readers += [node] if flow.nodes[node] in flow.trace.root.outputs else []
         yield Member(node, position, _decide(flow, node, position, readers, options))
+
+
+def _is_dead(flow: Flow, node: int) -> bool:
+    """Whether a value is a part of another that nobody reads: `make_fx` keeps every output of an operator."""
+    unread = not flow.users[node] and flow.nodes[node] not in flow.trace.root.outputs
+    return unread and flow.name(node) == "getitem"
 
 
 def after(flow: Flow, node: int, options: Options) -> Member:

@@ -141,9 +141,14 @@ class _Editor:
     def bypass(self, norm: Norm, at: Operand) -> None:
         """Give the readers of a norm what it normalizes."""
         node, entry = self.node(at), self.value(at)
-        results = [user for user in node.users if user.target is operator.getitem and user.args[1] == 0]
-        for one in results or [node]:
-            self.drop(one, entry)
+        parts = [user for user in node.users if user.target is operator.getitem]
+        for part in parts:
+            if part.args[1] == 0:
+                self.drop(part, entry)
+            elif not part.users:
+                self.graph.erase_node(part)
+        if not parts:
+            self.drop(node, entry)
 
     def drop(self, node: fx.Node, instead: fx.Node) -> None:
         while instead in self.replaced:
