@@ -195,6 +195,30 @@ def test_make_fx_agrees_with_the_module_route_in_all_but_names(model: str) -> No
     torch.testing.assert_close(graph(x), module(x))
 
 
+class Arms(nn.Module):
+    """Two adds in the text, of which an instance runs one."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.f = nn.Sequential(nn.Linear(width, out), nn.ReLU(), nn.Linear(out, out))
+        self.proj = nn.Linear(width, out) if out != width else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.proj is not None:
+            return self.proj(x) + self.f(x)
+        return x + self.f(x)
+
+
+@pytest.mark.parametrize(("widths", "alpha"), [((8, 8, 8), "alpha"), ((8, 16, 16), "alpha_f")])
+@pytest.mark.parametrize("door", ["symbolic_trace", "export"])
+def test_names_where_the_text_holds_more_adds_than_an_instance_runs(
+    door: str, widths: tuple[int, ...], alpha: str
+) -> None:
+    model, x = nn.Sequential(*map(Arms, widths, widths[1:])), torch.randn(2, widths[0])
+    traced = DOORS[door](copy.deepcopy(model), x)
+    assert names(rz.convert(traced, x)) == names(rz.convert(model, x)) == [f"0.{alpha}", f"1.{alpha}"]
+
+
 def agree_in_order(module: nn.Module, graph: nn.Module) -> None:
     """The same random gates, in order."""
     ours, theirs = list(rz.alphas(module)), list(rz.alphas(graph))

@@ -83,7 +83,14 @@ def unflattened(trace: Trace) -> Trace:
             calls += _Unflattening(trace, call, path, module).carry_out(same)
     if not same:
         return trace
-    return dataclasses.replace(trace, calls=tuple(calls), generated=same)
+    return dataclasses.replace(trace, calls=tuple(calls), generated=same, classes=_classes(trace.model))
+
+
+def _classes(model: nn.Module) -> dict[str, type[nn.Module]]:
+    nodes = [node for module in graph_modules(model).values() for node in module.graph.nodes]
+    noted = {cls for node in nodes for _, _, cls in _entries(node)}
+    found = [_class(name) for name in noted]
+    return {cls.__name__: cls for cls in found if cls is not None}
 
 
 def _is_lifted(node: fx.Node) -> bool:
@@ -223,17 +230,24 @@ def _around(node: fx.Node, new: set[Call]) -> set[Call]:
     return found
 
 
-def _stack(node: fx.Node) -> Iterator[_Level]:
-    """The modules that a node was traced in, outermost first, without the root."""
+def _entries(node: fx.Node) -> Iterator[tuple[str, str, Any]]:
+    """Key, path and class, or its name, of the modules that a node was traced in."""
     for key, entry in (node.meta.get("nn_module_stack") or {}).items():
         path, cls = entry if isinstance(entry, tuple) else ("", entry)
+        yield str(key), str(path), cls
+
+
+def _stack(node: fx.Node) -> Iterator[_Level]:
+    """The modules that a node was traced in, outermost first, without the root."""
+    for key, path, cls in _entries(node):
         if path:
             name = cls.rpartition(".")[2] if isinstance(cls, str) else cls.__qualname__
-            yield _Level(str(key), str(path), name, _facts(cls))
+            known = _class(cls)
+            yield _Level(key, path, name, facts.Facts() if known is None else facts.of_class(known))
 
 
-def _facts(cls: Any) -> facts.Facts:
+def _class(cls: Any) -> type[nn.Module] | None:
     if isinstance(cls, str):
         module, _, name = cls.rpartition(".")
         cls = getattr(sys.modules.get(module), name, None)
-    return facts.of_class(cls) if isinstance(cls, type) and issubclass(cls, nn.Module) else facts.Facts()
+    return cls if isinstance(cls, type) and issubclass(cls, nn.Module) else None
