@@ -125,6 +125,13 @@ def test_a_broken_graph_is_refused() -> None:
         rz.ReZeroPass(torch.randn(2, 5, 8))(traced)
 
 
+def test_an_exported_program_is_refused_with_what_to_pass() -> None:
+    program = torch.export.export(transformer(), (torch.randn(2, 5, 8),))
+    for verb in (rz.audit, rz.convert):
+        with pytest.raises(rz.ConversionError, match=r"ExportedProgram: pass the graph module that its \.module\(\)"):
+            verb(program)
+
+
 def test_the_pass_fails_where_a_gate_is_read_by_no_node() -> None:
     traced = rz.convert(fx.symbolic_trace(transformer()), torch.randn(2, 5, 8))
     assert isinstance(traced, fx.GraphModule)
@@ -259,6 +266,42 @@ def test_an_input_that_is_no_weight_is_not_taken_for_one() -> None:
     traced = fx.symbolic_trace(Mixed())
     (site,) = rz.audit(traced, (torch.randn(2, 8), torch.randn(2, 8), torch.randn(8, 8))).plan.sites
     assert (site.verdict, site.code) == ("refused", "RZ901")
+
+
+@pytest.mark.parametrize("door", [door for door in DOORS if door != "make_fx"])
+def test_the_bias_of_a_dropped_batch_norm_stays(door: str) -> None:
+    original, traced, x = made("resnet", door)
+    module, graph = (rz.convert(one, x, drop_norm=("layer", "batch")) for one in (original, traced))
+    assert set(graph.state_dict()) == set(module.state_dict())
+    assert "1.conv1.bias" in graph.state_dict()
+    agree_in_order(module, graph)
+    with torch.no_grad():
+        for one in (module, graph):
+            one.get_parameter("1.conv1.bias").fill_(0.5)
+    torch.testing.assert_close(graph(x), module(x))
+    with pytest.warns(UserWarning, match="6 dropped norms were made anew"):
+        back = rz.unconvert(graph)
+    assert isinstance(traced, fx.GraphModule)
+    assert isinstance(back, fx.GraphModule)
+    assert back.code == traced.code
+
+
+class Dropping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.dropout(self.linear(x), 0.5, self.training)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("door", ["symbolic_trace", "export"])
+def test_baked_in_training_flags_are_told(door: str, training: bool) -> None:
+    model, x = Dropping().train(training), torch.randn(2, 8)
+    assert rz.audit(model, x).plan.notes == ()
+    (note,) = rz.audit(DOORS[door](model, x), x).plan.notes
+    assert note == f"dropout at dropout has training={training} baked in: train() and eval() do not change it"
 
 
 @pytest.mark.parametrize("door", ["symbolic_trace", "export", "make_fx"])

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import inspect
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from torch import fx, nn
+from torch._ops import OpOverload
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from .. import sources
@@ -83,7 +85,39 @@ def unflattened(trace: Trace) -> Trace:
             calls += _Unflattening(trace, call, path, module).carry_out(same)
     if not same:
         return trace
-    return dataclasses.replace(trace, calls=tuple(calls), generated=same, classes=_classes(trace.model))
+    notes = (*trace.notes, *_baked(trace.model))
+    return dataclasses.replace(trace, calls=tuple(calls), notes=notes, generated=same, classes=_classes(trace.model))
+
+
+def _baked(model: nn.Module) -> Iterator[str]:
+    """Operations of graph modules whose training flag is a constant: `train()` and `eval()` do not change it."""
+    found: dict[tuple[str, bool], list[str]] = {}
+    for path, module in graph_modules(model).items():
+        for node in module.graph.nodes:
+            known = facts.of_function(node.target) if node.op == "call_function" else facts.Facts()
+            flag = _training(node) if known.kind in ("dropout", "norm") else None
+            if flag is not None:
+                found.setdefault((known.type, flag), []).append(f"{path}.{node.name}" if path else node.name)
+    for (name, flag), nodes in found.items():
+        more = f" and {len(nodes) - 1} more" if len(nodes) > 1 else ""
+        yield f"{name} at {nodes[0]}{more} has training={flag} baked in: train() and eval() do not change it"
+
+
+def _training(node: fx.Node) -> bool | None:
+    """The training flag that a node's operation is given, if it takes one."""
+    target: Any = node.target
+    if "no_training" in str(target):
+        return False
+    if isinstance(target, OpOverload):
+        names = [argument.name for argument in target._schema.arguments]
+    else:
+        try:
+            names = list(inspect.signature(target).parameters)
+        except (TypeError, ValueError):  # a builtin
+            return None
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    flag = given.get("training", given.get("train"))
+    return flag if isinstance(flag, bool) else None
 
 
 def _classes(model: nn.Module) -> dict[str, type[nn.Module]]:

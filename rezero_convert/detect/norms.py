@@ -163,11 +163,27 @@ def _bias(flow: Flow, node: int, path: str) -> str:
     while flow.facts[source].kind == "layout" and len(flow.inputs[source]) == 1:
         source = flow.inputs[source][0]
     if flow.nodes[source].op != "call_module":
-        return ""
+        return _written_layer(flow, source)
     layer = str(flow.nodes[source].target)
     module = flow.module(layer)
     plain = isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
     return layer if plain and module is not None and module.bias is None else ""
+
+
+_LAYERS = frozenset({"linear", "conv1d", "conv2d", "conv3d", "convolution"})
+
+
+def _written_layer(flow: Flow, node: int) -> str:
+    """The module whose weight a layer without bias reads in generated code, which can be given one."""
+    target, frames = flow.nodes[node], flow.origin(node).frames
+    if flow.name(node) not in _LAYERS or not frames or frames[-1].span not in flow.trace.generated:
+        return ""
+    weight, *others = target.args[1:]
+    transposed = flow.name(node) == "convolution" and bool(target.args[6])
+    if transposed or any(others[:1]) or target.kwargs.get("bias") is not None or not isinstance(weight, fx.Node):
+        return ""
+    layer, _, name = (flow.parameter(flow.index[weight]) or "").rpartition(".")
+    return layer if name == "weight" else ""
 
 
 @dataclass(frozen=True, slots=True)
