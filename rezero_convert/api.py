@@ -19,6 +19,7 @@ from .options import options as make_options
 from .plan import Options, Plan
 from .report import Report
 from .rewrite import modules, restore
+from .rewrite.graphs import completed
 from .validation import validate
 
 
@@ -114,7 +115,7 @@ def unconvert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
 def _copy(model: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(model)
+        return completed(copy.deepcopy(model), model)
     except (RuntimeError, TypeError, NotImplementedError) as error:
         name = type(model).__qualname__
         raise ConversionError(f"{name} cannot be copied ({one_line(error)}); pass inplace=True") from error

@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.fx.passes.infra.pass_manager import PassManager
 from torch.fx.passes.shape_prop import ShapeProp
+from torch.fx.passes.split_module import split_module
 from zoo import Block, stack
 
 import rezero_convert as rz
@@ -293,6 +294,139 @@ class Dropping(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + F.dropout(self.linear(x), 0.5, self.training)
+
+
+class EndNorm(nn.Module):
+    """Of a stream that is not contiguous."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(F.relu(self.linear(x)))
+
+
+class Transposed(nn.Module):
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.block(x.transpose(1, 2)))
+
+
+@pytest.mark.parametrize("make", [EndNorm, lambda: Layer(8)])
+@pytest.mark.parametrize("door", DOORS)
+def test_the_head_norm_stays_and_strides_do_not_matter(door: str, make: Callable[[], nn.Module]) -> None:
+    model, x = Transposed(make()).eval(), torch.randn(2, 8, 5)
+    traced = DOORS[door](copy.deepcopy(model), x)
+    module, graph = rz.convert(nn.Sequential(model), x), rz.convert(traced, x)
+    agree_in_order(module, graph)
+    torch.testing.assert_close(graph(x), module(x))
+
+
+def test_partitions_of_split_module() -> None:
+    model = transformer().eval()
+    traced, x = fx.symbolic_trace(model), torch.randn(2, 5, 8)
+    order = {node: number for number, node in enumerate(traced.graph.nodes)}
+    parts = split_module(traced, model, lambda node: int(order[node] > 13))  # between a norm and the add of its block
+    module, graph = rz.convert(model, x), rz.convert(parts, x)
+    assert [name.partition(".")[0] for name in names(graph)] == ["submod_0"] + 3 * ["submod_1"]
+    agree_in_order(module, graph)
+    torch.testing.assert_close(graph(x), module(x))
+
+
+def test_hooks_buffers_and_tied_parameters_are_kept() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(11, 8)
+            self.block = Basic(8, 8)
+            self.head = nn.Linear(8, 11, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.block(self.embedding(ids).permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+    ids, calls = torch.randint(11, (2, 3, 3)), list[str]()
+    traced = fx.symbolic_trace(Tied())
+    traced(ids)
+    traced.register_forward_pre_hook(lambda *_: calls.append("before"))
+    traced.register_forward_hook(lambda *_: calls.append("after"))
+    converted = rz.convert(traced, ids)
+    assert converted.get_parameter("head.weight") is converted.get_parameter("embedding.weight")
+    assert [*dict(converted.named_buffers())] == [*dict(traced.named_buffers())]
+    for name, buffer in traced.named_buffers():
+        assert torch.equal(converted.get_buffer(name), buffer)
+    calls.clear()
+    converted(ids)
+    assert calls == ["before", "after"]
+
+
+def test_pytrees_and_keywords_of_exported_programs() -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block(8)
+
+        def forward(self, x: Tensor, *, more: dict[str, Tensor]) -> dict[str, object]:
+            return {"out": self.block(x) * more["scale"], "all": (x, [more["scale"]])}
+
+    inputs = {"x": torch.randn(2, 8), "more": {"scale": torch.randn(2, 8)}}
+    exported = torch.export.export(Nested(), (), inputs).module()
+    for given in (inputs, None):
+        converted = rz.convert(exported, given)
+        assert names(converted) == ["block.alpha"]
+        result = converted(**inputs)
+        assert list(result) == ["out", "all"]
+        assert isinstance(result["all"], tuple)
+        assert torch.equal(result["all"][1][0], inputs["more"]["scale"])
+
+
+@fx.wrap
+def joined(x: Tensor, branch: Tensor) -> Tensor:
+    return x + branch
+
+
+class Joining(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return joined(x, F.relu(self.linear(x)))
+
+
+def test_wrapped_functions_that_add() -> None:
+    traced, x = fx.symbolic_trace(Joining()), torch.randn(2, 8)
+    converted = rz.convert(traced, x)
+    assert names(converted) == names(rz.convert(Joining(), x)) == ["alpha"]
+    assert torch.equal(converted(x), x)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.ao's own
+def test_torch_ao_prepared_graphs() -> None:
+    quantize = pytest.importorskip("torch.ao.quantization")
+    prepare = pytest.importorskip("torch.ao.quantization.quantize_fx").prepare_fx
+    model, x = resnet().eval(), torch.randn(2, 3, 8, 8)
+    prepared = prepare(model, quantize.get_default_qconfig_mapping("x86"), (x,))
+    assert names(rz.convert(prepared, x)) == ["1.alpha", "2.alpha", "3.alpha"]
+
+
+def test_feature_extractors_of_torchvision() -> None:
+    from torchvision.models import resnet18
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    extractor = create_feature_extractor(resnet18().eval(), {"layer1": "one", "layer2.0": "two"})
+    x = torch.randn(1, 3, 32, 32)
+    converted = rz.convert(extractor, x, alpha_init="preserve")
+    assert len(names(converted)) == 3
+    expected, found = extractor(x), converted(x)
+    assert list(found) == ["one", "two"]
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -194,6 +194,8 @@ class _Unflattening:
     def _placed(self, node: fx.Node, frames: tuple[Frame, ...], leaf: str) -> tuple[Call, tuple[Frame, ...]]:
         """The module execution around a node, and frames that say so."""
         levels = [level for level in _stack(node) if level.path != leaf or not leaf]
+        if node.op == "call_module" and levels and levels[-1].cls == type(self._leaf(node)).__qualname__:
+            levels.pop()  # a leaf under another path: torch.fx.passes.split_module moves modules
         call = self.call
         for depth, level in enumerate(levels, 1):
             key = tuple(one.key for one in levels[:depth])
@@ -213,6 +215,9 @@ class _Unflattening:
         return Frame(
             Place(frame.place.module, f"{call.cls}.forward", frame.place.file, frame.place.line), frame.span, call.path
         )
+
+    def _leaf(self, node: fx.Node) -> nn.Module:
+        return self.module.get_submodule(str(node.target))
 
     def _module(self, path: str) -> nn.Module | None:
         assert self.trace.model is not None

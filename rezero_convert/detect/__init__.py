@@ -58,7 +58,7 @@ def _post_norms(flow: Flow, drafts: list[Draft], options: Options) -> list[Draft
     for draft in drafts:
         node = _next_norm(flow, draft.block)
         everywhere = following[_text(flow, draft)]
-        alone = len(everywhere) == 1 and any(member.position == "pre" for member in draft.members)
+        alone = len(everywhere) == 1 and any(member.position in ("pre", "end") for member in draft.members)
         alone = alone or (node is not None and _after_loop(flow, draft.site, node))
         if node is not None and None not in everywhere and not alone and draft.site.verdict == "converted":
             draft = replace(draft, members=(*draft.members, norms.after(flow, node, options)))

@@ -132,7 +132,8 @@ def calls(flow: Flow) -> Iterator[int]:
 
 def path_of(flow: Flow, node: int) -> str:
     if node in flow.steps:
-        return flow.steps[node].path
+        step = flow.steps[node]
+        return step.path if step.module is not None or flow.trace.model is None else ""
     return str(flow.nodes[node].target) if flow.nodes[node].op == "call_module" else ""
 
 

@@ -153,6 +153,11 @@ class _Editor:
     def bypass(self, norm: Norm, at: Operand) -> None:
         """Give the readers of a norm what it normalizes."""
         node, entry = self.node(at), self.value(at)
+        if isinstance(node.target, OpOverload) and norm.kind == "layer":
+            with self.graph.inserting_before(node):  # its result was contiguous, whatever it was given
+                entry = self.graph.call_function(torch.ops.aten.contiguous.default, (entry,))
+            entry.meta.update({key: node.meta[key] for key in _PLACE if key in node.meta})
+            entry.meta.update({key: self.value(at).meta[key] for key in _VALUE if key in self.value(at).meta})
         parts = [user for user in node.users if user.target is operator.getitem]
         for part in parts:
             if part.args[1] == 0:
@@ -228,6 +233,27 @@ def remember(undo: ExitStack, module: fx.GraphModule) -> None:
         else:
             undo.callback(delattr, cls, name)
         setattr(cls, name, value)
+
+
+def completed(copied: nn.Module, model: nn.Module) -> nn.Module:
+    """A copy of a model with what torch.fx leaves out when it copies graph modules: hooks, attributes, modes."""
+    for path, graph in graph_modules(model).items():
+        twin = copied.get_submodule(path)
+        for name in _HOOKS:
+            twin.__dict__[name] = copy.copy(graph.__dict__[name])
+        twin.__dict__.update({name: value for name, value in graph.__dict__.items() if name not in twin.__dict__})
+        for below, module in graph.named_modules():
+            twin.get_submodule(below).training = module.training
+    return copied
+
+
+_HOOKS = tuple(
+    f"_{kind}hooks{more}"
+    for kind, more in (
+        ("forward_", ""), ("forward_", "_with_kwargs"), ("forward_", "_always_called"), ("forward_pre_", ""),
+        ("forward_pre_", "_with_kwargs"), ("backward_", ""), ("backward_pre_", ""),
+    )
+)  # fmt: skip
 
 
 def _records(module: nn.Module) -> dict[str, dict[str, Any]]:
