@@ -20,6 +20,7 @@ from .plan import Options, Plan
 from .report import Report
 from .rewrite import modules, restore
 from .rewrite.changes import rejoined
+from .rewrite.graphs import completed
 from .validation import validate
 
 
@@ -115,7 +116,7 @@ def unconvert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
 def _copy(model: nn.Module) -> nn.Module:
     try:
-        return rejoined(copy.deepcopy(model), model)
+        return completed(rejoined(copy.deepcopy(model), model), model)
     except (RuntimeError, TypeError, NotImplementedError) as error:
         name = type(model).__qualname__
         raise ConversionError(f"{name} cannot be copied ({one_line(error)}); pass inplace=True") from error

@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.fx.passes.infra.pass_manager import PassManager
 from torch.fx.passes.shape_prop import ShapeProp
+from torch.fx.passes.split_module import split_module
 from zoo import Block, stack
 
 import rezero_convert as rz
@@ -125,6 +126,13 @@ def test_a_broken_graph_is_refused() -> None:
         rz.ReZeroPass(torch.randn(2, 5, 8))(traced)
 
 
+def test_an_exported_program_is_refused_with_what_to_pass() -> None:
+    program = torch.export.export(transformer(), (torch.randn(2, 5, 8),))
+    for verb in (rz.audit, rz.convert):
+        with pytest.raises(rz.ConversionError, match=r"ExportedProgram: pass the graph module that its \.module\(\)"):
+            verb(program)
+
+
 def test_the_pass_fails_where_a_gate_is_read_by_no_node() -> None:
     traced = rz.convert(fx.symbolic_trace(transformer()), torch.randn(2, 5, 8))
     assert isinstance(traced, fx.GraphModule)
@@ -185,6 +193,249 @@ def test_it_agrees_with_the_module_route(model: str, door: str) -> None:
     torch.testing.assert_close(again, out)
     for name, gradient in ours.items():
         torch.testing.assert_close(theirs[name], gradient, msg=name)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_make_fx_agrees_with_the_module_route_in_all_but_names(model: str) -> None:
+    original, traced, x = made(model, "make_fx")
+    module, graph = rz.convert(original, x), rz.convert(traced, x)
+    agree_in_order(module, graph)
+    torch.testing.assert_close(graph(x), module(x))
+
+
+class Arms(nn.Module):
+    """Two adds in the text, of which an instance runs one."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.f = nn.Sequential(nn.Linear(width, out), nn.ReLU(), nn.Linear(out, out))
+        self.proj = nn.Linear(width, out) if out != width else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.proj is not None:
+            return self.proj(x) + self.f(x)
+        return x + self.f(x)
+
+
+@pytest.mark.parametrize(("widths", "alpha"), [((8, 8, 8), "alpha"), ((8, 16, 16), "alpha_f")])
+@pytest.mark.parametrize("door", ["symbolic_trace", "export"])
+def test_names_where_the_text_holds_more_adds_than_an_instance_runs(
+    door: str, widths: tuple[int, ...], alpha: str
+) -> None:
+    model, x = nn.Sequential(*map(Arms, widths, widths[1:])), torch.randn(2, widths[0])
+    traced = DOORS[door](copy.deepcopy(model), x)
+    assert names(rz.convert(traced, x)) == names(rz.convert(model, x)) == [f"0.{alpha}", f"1.{alpha}"]
+
+
+def agree_in_order(module: nn.Module, graph: nn.Module) -> None:
+    """The same random gates, in order."""
+    ours, theirs = list(rz.alphas(module)), list(rz.alphas(graph))
+    with torch.no_grad():
+        for (_, one), (_, other) in zip(ours, theirs, strict=True):
+            one.uniform_(0.5, 1.5)
+            other.copy_(one)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_graphs_of_torch_compile_backends(model: str) -> None:
+    original, _, x = made(model, "symbolic_trace")
+    module = rz.convert(original, x)
+    found: list[nn.Module] = []
+
+    def backend(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        converted = rz.convert(graph, tuple(inputs))
+        agree_in_order(module, converted)
+        found.append(converted)
+        return converted.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(original, backend=backend)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), module(x))
+    (converted,) = found
+    assert isinstance(converted, fx.GraphModule)
+    alphas = names(converted)
+    assert len(alphas) == {"transformer": 4, "resnet": 3}[model]
+    assert all(hasattr(converted, name) for name in alphas)  # the parameters are inputs: no module could hold them
+
+
+def test_an_input_that_is_no_weight_is_not_taken_for_one() -> None:
+    class Mixed(nn.Module):
+        def forward(self, x: Tensor, other: Tensor, weight: Tensor) -> Tensor:
+            return x + F.linear(F.relu(other), weight)
+
+    traced = fx.symbolic_trace(Mixed())
+    (site,) = rz.audit(traced, (torch.randn(2, 8), torch.randn(2, 8), torch.randn(8, 8))).plan.sites
+    assert (site.verdict, site.code) == ("refused", "RZ901")
+
+
+@pytest.mark.parametrize("door", [door for door in DOORS if door != "make_fx"])
+def test_the_bias_of_a_dropped_batch_norm_stays(door: str) -> None:
+    original, traced, x = made("resnet", door)
+    module, graph = (rz.convert(one, x, drop_norm=("layer", "batch")) for one in (original, traced))
+    assert set(graph.state_dict()) == set(module.state_dict())
+    assert "1.conv1.bias" in graph.state_dict()
+    agree_in_order(module, graph)
+    with torch.no_grad():
+        for one in (module, graph):
+            one.get_parameter("1.conv1.bias").fill_(0.5)
+    torch.testing.assert_close(graph(x), module(x))
+    with pytest.warns(UserWarning, match="6 dropped norms were made anew"):
+        back = rz.unconvert(graph)
+    assert isinstance(traced, fx.GraphModule)
+    assert isinstance(back, fx.GraphModule)
+    assert back.code == traced.code
+
+
+class Dropping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + F.dropout(self.linear(x), 0.5, self.training)
+
+
+class EndNorm(nn.Module):
+    """Of a stream that is not contiguous."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm(F.relu(self.linear(x)))
+
+
+class Transposed(nn.Module):
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.block(x.transpose(1, 2)))
+
+
+@pytest.mark.parametrize("make", [EndNorm, lambda: Layer(8)])
+@pytest.mark.parametrize("door", DOORS)
+def test_the_head_norm_stays_and_strides_do_not_matter(door: str, make: Callable[[], nn.Module]) -> None:
+    model, x = Transposed(make()).eval(), torch.randn(2, 8, 5)
+    traced = DOORS[door](copy.deepcopy(model), x)
+    module, graph = rz.convert(nn.Sequential(model), x), rz.convert(traced, x)
+    agree_in_order(module, graph)
+    torch.testing.assert_close(graph(x), module(x))
+
+
+def test_partitions_of_split_module() -> None:
+    model = transformer().eval()
+    traced, x = fx.symbolic_trace(model), torch.randn(2, 5, 8)
+    order = {node: number for number, node in enumerate(traced.graph.nodes)}
+    parts = split_module(traced, model, lambda node: int(order[node] > 13))  # between a norm and the add of its block
+    module, graph = rz.convert(model, x), rz.convert(parts, x)
+    assert [name.partition(".")[0] for name in names(graph)] == ["submod_0"] + 3 * ["submod_1"]
+    agree_in_order(module, graph)
+    torch.testing.assert_close(graph(x), module(x))
+
+
+def test_hooks_buffers_and_tied_parameters_are_kept() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(11, 8)
+            self.block = Basic(8, 8)
+            self.head = nn.Linear(8, 11, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.block(self.embedding(ids).permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+    ids, calls = torch.randint(11, (2, 3, 3)), list[str]()
+    traced = fx.symbolic_trace(Tied())
+    traced(ids)
+    traced.register_forward_pre_hook(lambda *_: calls.append("before"))
+    traced.register_forward_hook(lambda *_: calls.append("after"))
+    converted = rz.convert(traced, ids)
+    assert converted.get_parameter("head.weight") is converted.get_parameter("embedding.weight")
+    assert [*dict(converted.named_buffers())] == [*dict(traced.named_buffers())]
+    for name, buffer in traced.named_buffers():
+        assert torch.equal(converted.get_buffer(name), buffer)
+    calls.clear()
+    converted(ids)
+    assert calls == ["before", "after"]
+
+
+def test_pytrees_and_keywords_of_exported_programs() -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block(8)
+
+        def forward(self, x: Tensor, *, more: dict[str, Tensor]) -> dict[str, object]:
+            return {"out": self.block(x) * more["scale"], "all": (x, [more["scale"]])}
+
+    inputs = {"x": torch.randn(2, 8), "more": {"scale": torch.randn(2, 8)}}
+    exported = torch.export.export(Nested(), (), inputs).module()
+    for given in (inputs, None):
+        converted = rz.convert(exported, given)
+        assert names(converted) == ["block.alpha"]
+        result = converted(**inputs)
+        assert list(result) == ["out", "all"]
+        assert isinstance(result["all"], tuple)
+        assert torch.equal(result["all"][1][0], inputs["more"]["scale"])
+
+
+@fx.wrap
+def joined(x: Tensor, branch: Tensor) -> Tensor:
+    return x + branch
+
+
+class Joining(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return joined(x, F.relu(self.linear(x)))
+
+
+def test_wrapped_functions_that_add() -> None:
+    traced, x = fx.symbolic_trace(Joining()), torch.randn(2, 8)
+    converted = rz.convert(traced, x)
+    assert names(converted) == names(rz.convert(Joining(), x)) == ["alpha"]
+    assert torch.equal(converted(x), x)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.ao's own
+def test_torch_ao_prepared_graphs() -> None:
+    quantize = pytest.importorskip("torch.ao.quantization")
+    prepare = pytest.importorskip("torch.ao.quantization.quantize_fx").prepare_fx
+    model, x = resnet().eval(), torch.randn(2, 3, 8, 8)
+    prepared = prepare(model, quantize.get_default_qconfig_mapping("x86"), (x,))
+    assert names(rz.convert(prepared, x)) == ["1.alpha", "2.alpha", "3.alpha"]
+
+
+def test_feature_extractors_of_torchvision() -> None:
+    from torchvision.models import resnet18
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    extractor = create_feature_extractor(resnet18().eval(), {"layer1": "one", "layer2.0": "two"})
+    x = torch.randn(1, 3, 32, 32)
+    converted = rz.convert(extractor, x, alpha_init="preserve")
+    assert len(names(converted)) == 3
+    expected, found = extractor(x), converted(x)
+    assert list(found) == ["one", "two"]
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("door", ["symbolic_trace", "export"])
+def test_baked_in_training_flags_are_told(door: str, training: bool) -> None:
+    model, x = Dropping().train(training), torch.randn(2, 8)
+    assert rz.audit(model, x).plan.notes == ()
+    (note,) = rz.audit(DOORS[door](model, x), x).plan.notes
+    assert note == f"dropout at dropout has training={training} baked in: train() and eval() do not change it"
 
 
 @pytest.mark.parametrize("door", ["symbolic_trace", "export", "make_fx"])

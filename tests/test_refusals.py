@@ -99,7 +99,8 @@ _swin = zoo._timm("swinv2_cr_tiny_ns_224", img_size=64, window_size=2)
 _deit = zoo._timm("deit_tiny_distilled_patch16_224", img_size=32, depth=2)
 
 KINDS = [
-    Kind("rotary", _hf("LlamaForCausalLM"), _ids, "apply_rotary_pos_emb", "q * cos", "RZ902", "parts of the skip times constants, as in a rotation", 4),
+    Kind("rotary", _hf("LlamaForCausalLM"), _ids, "apply_rotary_pos_emb", "q * cos", "RZ902",
+        "parts of the skip times constants, as in a rotation", 4),
     Kind("relative position bias", _swin, _images,
         "WindowMultiHeadAttention.forward", "_relative_positional_encodings", "RZ907", "does not depend on the input",
         2 * (2 + 2 + 6 + 2)),
@@ -116,7 +117,8 @@ KINDS = [
     Kind("token and type embeddings", _hf("BertModel"), _ids_and_types,
         "BertEmbeddings.forward", "+ token_type_embeddings", "RZ901", "they come from different inputs", 4),
     Kind("routed and shared experts", _hf("Qwen2MoeForCausalLM", **_EXPERTS), _ids,
-        "Qwen2MoeSparseMoeBlock.forward", "shared_expert_output", "RZ901", "by routing: rows chosen by their scores", 4),
+        "Qwen2MoeSparseMoeBlock.forward", "shared_expert_output", "RZ901",
+        "by routing: rows chosen by their scores", 4),
     Kind("context added to all places", _context, _images,
         "GlobalContext.forward", "x + mlp_x", "RZ131", "inside the branch of the block", 8),
     Kind("two pools of a squeeze", _pools, _images,

@@ -86,6 +86,8 @@ def check_model(model: object) -> None:
     name = type(model).__name__
     if isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
         raise ConversionError(f"the model is a TorchScript {name}: convert it before scripting or tracing")
+    if isinstance(model, torch.export.ExportedProgram):
+        raise ConversionError("the model is an ExportedProgram: pass the graph module that its .module() gives")
     if not isinstance(model, nn.Module):
         what = f"the class {model.__name__}: pass an instance" if isinstance(model, type) else f"a {name}"
         raise ConversionError(f"the model must be a torch.nn.Module, got {what}")

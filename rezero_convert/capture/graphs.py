@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import inspect
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from torch import fx, nn
+from torch._ops import OpOverload
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from .. import sources
 from ..plan import Place, Span
@@ -34,6 +37,7 @@ class Text(NamedTuple):
 
 def text_of(module: fx.GraphModule) -> Text:
     """Where the generated code of a graph module is, and what it computes."""
+    _LazyGraphModule.force_recompile(module)  # torch.compile generates code at the first call only
     file = type(module).forward.__code__.co_filename
     return Text(file, dict(_statements(file, {node.name: node for node in module.graph.nodes})))
 
@@ -69,6 +73,11 @@ def unflattened(trace: Trace) -> Trace:
     """The trace with the module executions that graph modules among the traced ones were flattened from."""
     if trace.model is None:
         return trace
+    if isinstance(trace.model, fx.GraphModule):
+        for node in trace.graph.find_nodes(op="placeholder"):
+            if _is_lifted(node):
+                known = facts.Facts("parameter", "Parameter")
+                node.meta["origin"] = dataclasses.replace(origin(node), facts=known)
     same: dict[Span, Span] = {}
     calls = list(trace.calls)
     for path, module in graph_modules(trace.model).items():
@@ -76,7 +85,66 @@ def unflattened(trace: Trace) -> Trace:
             calls += _Unflattening(trace, call, path, module).carry_out(same)
     if not same:
         return trace
-    return dataclasses.replace(trace, calls=tuple(calls), generated=same)
+    notes = (*trace.notes, *_baked(trace.model))
+    return dataclasses.replace(trace, calls=tuple(calls), notes=notes, generated=same, classes=_classes(trace.model))
+
+
+def _baked(model: nn.Module) -> Iterator[str]:
+    """Operations of graph modules whose training flag is a constant: `train()` and `eval()` do not change it."""
+    found: dict[tuple[str, bool], list[str]] = {}
+    for path, module in graph_modules(model).items():
+        for node in module.graph.nodes:
+            known = facts.of_function(node.target) if node.op == "call_function" else facts.Facts()
+            flag = _training(node) if known.kind in ("dropout", "norm") else None
+            if flag is not None:
+                found.setdefault((known.type, flag), []).append(f"{path}.{node.name}" if path else node.name)
+    for (name, flag), nodes in found.items():
+        more = f" and {len(nodes) - 1} more" if len(nodes) > 1 else ""
+        yield f"{name} at {nodes[0]}{more} has training={flag} baked in: train() and eval() do not change it"
+
+
+def _training(node: fx.Node) -> bool | None:
+    """The training flag that a node's operation is given, if it takes one."""
+    target: Any = node.target
+    if "no_training" in str(target):
+        return False
+    if isinstance(target, OpOverload):
+        names = [argument.name for argument in target._schema.arguments]
+    else:
+        try:
+            names = list(inspect.signature(target).parameters)
+        except (TypeError, ValueError):  # a builtin
+            return None
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    flag = given.get("training", given.get("train"))
+    return flag if isinstance(flag, bool) else None
+
+
+def _classes(model: nn.Module) -> dict[str, type[nn.Module]]:
+    nodes = [node for module in graph_modules(model).values() for node in module.graph.nodes]
+    noted = {cls for node in nodes for _, _, cls in _entries(node)}
+    found = [_class(name) for name in noted]
+    return {cls.__name__: cls for cls in found if cls is not None}
+
+
+def _is_lifted(node: fx.Node) -> bool:
+    """Whether a value is only ever a weight, bias or statistic of layers: torch.compile makes them inputs."""
+    users = [user for user in node.users if user.op != "output"]  # torch.autograd's graphs return what it saves
+    return bool(users) and all(_takes_as_weight(user, node) for user in users)
+
+
+def _takes_as_weight(user: fx.Node, node: fx.Node) -> bool:
+    here, dtype = origin(user).facts, origin(node).dtype
+    if dtype is None or not dtype.is_floating_point:
+        return False
+    if here.kind == "layout":
+        return _is_lifted(user)
+    if here.type == "mm":
+        return node.op != "placeholder" and user.args[0] is not node
+    if here.kind not in ("linear", "norm", "embedding"):
+        return False
+    stream = {"addmm": 1, "baddbmm": 1}.get(here.type, 0)
+    return here.kind == "embedding" or (user.args[stream : stream + 1] != (node,) and user.kwargs.get("input") != node)
 
 
 class _Level(NamedTuple):
@@ -126,13 +194,17 @@ class _Unflattening:
     def _placed(self, node: fx.Node, frames: tuple[Frame, ...], leaf: str) -> tuple[Call, tuple[Frame, ...]]:
         """The module execution around a node, and frames that say so."""
         levels = [level for level in _stack(node) if level.path != leaf or not leaf]
+        if node.op == "call_module" and levels and levels[-1].cls == type(self._leaf(node)).__qualname__:
+            levels.pop()  # a leaf under another path: torch.fx.passes.split_module moves modules
         call = self.call
         for depth, level in enumerate(levels, 1):
             key = tuple(one.key for one in levels[:depth])
             if key not in self.made:
                 path = ".".join(part for part in (self.path, level.path) if part)
                 around = (*frames[:-1], self._frame(frames[-1], call))
-                self.made[key] = Call(path, level.cls, level.facts, call, around, self._module(path))
+                module = self._module(path)
+                own = call.path if module is None else path
+                self.made[key] = Call(own, level.cls, level.facts, call, around, module)
             call = self.made[key]
         return call, (*frames[:-1], self._frame(frames[-1], call))
 
@@ -144,6 +216,9 @@ class _Unflattening:
             Place(frame.place.module, f"{call.cls}.forward", frame.place.file, frame.place.line), frame.span, call.path
         )
 
+    def _leaf(self, node: fx.Node) -> nn.Module:
+        return self.module.get_submodule(str(node.target))
+
     def _module(self, path: str) -> nn.Module | None:
         assert self.trace.model is not None
         try:
@@ -153,7 +228,7 @@ class _Unflattening:
 
     def _canonical(self, call: Call, here: Origin, span: Span) -> Span:
         """The span that stands for the same add of other executions of the class, by its number among the adds."""
-        if here.facts.type not in _ADDS:
+        if here.facts.type not in _ADDS or call.module is None:
             return span
         number = self.adds[call] = self.adds.get(call, 0) + 1
         return self.first.setdefault((call.cls, number), span)
@@ -194,17 +269,24 @@ def _around(node: fx.Node, new: set[Call]) -> set[Call]:
     return found
 
 
-def _stack(node: fx.Node) -> Iterator[_Level]:
-    """The modules that a node was traced in, outermost first, without the root."""
+def _entries(node: fx.Node) -> Iterator[tuple[str, str, Any]]:
+    """Key, path and class, or its name, of the modules that a node was traced in."""
     for key, entry in (node.meta.get("nn_module_stack") or {}).items():
         path, cls = entry if isinstance(entry, tuple) else ("", entry)
+        yield str(key), str(path), cls
+
+
+def _stack(node: fx.Node) -> Iterator[_Level]:
+    """The modules that a node was traced in, outermost first, without the root."""
+    for key, path, cls in _entries(node):
         if path:
             name = cls.rpartition(".")[2] if isinstance(cls, str) else cls.__qualname__
-            yield _Level(str(key), str(path), name, _facts(cls))
+            known = _class(cls)
+            yield _Level(key, path, name, facts.Facts() if known is None else facts.of_class(known))
 
 
-def _facts(cls: Any) -> facts.Facts:
+def _class(cls: Any) -> type[nn.Module] | None:
     if isinstance(cls, str):
         module, _, name = cls.rpartition(".")
         cls = getattr(sys.modules.get(module), name, None)
-    return facts.of_class(cls) if isinstance(cls, type) and issubclass(cls, nn.Module) else facts.Facts()
+    return cls if isinstance(cls, type) and issubclass(cls, nn.Module) else None

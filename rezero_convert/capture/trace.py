@@ -81,6 +81,8 @@ class Trace:
     generated: Mapping[Span, Span] = field(default_factory=dict)
     """The expressions in code that torch.fx generated, each with the one that stands for all which were one text in
     the module's class."""
+    classes: Mapping[str, type[nn.Module]] = field(default_factory=dict)
+    """The classes of the modules that generated code came from, by name."""
 
 
 def origin(node: fx.Node) -> Origin:

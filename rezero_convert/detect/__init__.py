@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from .. import known, sources
-from ..capture.static import exclusive, traces
+from ..capture.static import adds, exclusive, traces
 from ..capture.trace import Frame, Trace, origin
+from ..errors import ConversionError
 from ..plan import Gate, Norm, Options, Place, Plan, Site, Span
 from . import arms, code, loops, names, norms
 from .blocks import Block, Nested, Refusal, find, owner_call
@@ -56,7 +58,7 @@ def _post_norms(flow: Flow, drafts: list[Draft], options: Options) -> list[Draft
     for draft in drafts:
         node = _next_norm(flow, draft.block)
         everywhere = following[_text(flow, draft)]
-        alone = len(everywhere) == 1 and any(member.position == "pre" for member in draft.members)
+        alone = len(everywhere) == 1 and any(member.position in ("pre", "end") for member in draft.members)
         alone = alone or (node is not None and _after_loop(flow, draft.site, node))
         if node is not None and None not in everywhere and not alone and draft.site.verdict == "converted":
             draft = replace(draft, members=(*draft.members, norms.after(flow, node, options)))
@@ -257,6 +259,7 @@ def _named(flow: Flow, drafts: list[Draft], others: list[arms.Arm], options: Opt
         shared=options.share == "layer",
         exclusive=lambda one, other: exclusive(one.span, other.span),
         taken=_taken(flow, drafts),
+        several=cache(partial(_holds_several, flow, drafts, options)),
     )
     sites = []
     for draft in drafts:
@@ -279,6 +282,25 @@ def _named(flow: Flow, drafts: list[Draft], others: list[arms.Arm], options: Opt
         own = tuple(given[asked] for gate in arm.found.gates if (asked := _of_arm(flow, arm, gate)))
         sites.append(arms.as_site(replace(arm, twin=twin if alive else None), gone, own if alone else ()))
     return sites
+
+
+def _holds_several(flow: Flow, drafts: list[Draft], options: Options, name: str) -> bool:
+    """Whether the text of a class holds several branches, though a graph of its instances has one of each.
+
+    Instances may have run different arms: that shows in the kinds of their skips. Others may not have run at all.
+    """
+    cls: Any = flow.trace.classes.get(name)
+    try:
+        file = inspect.getsourcefile(cls) if cls is not None else None
+        definition = sources.class_of(file, cls.__qualname__) if file is not None else None
+    except (TypeError, ConversionError):  # a class without a file, or a file without a text
+        return False
+    if file is None or definition is None:
+        return False
+    kinds = {draft.site.skip_kind for draft in drafts if draft.site.cls == name and draft.site.gates}
+    if len(kinds) > 1 and sum(not code.adds_number(span) for span in adds(file, definition)) > 1:
+        return True
+    return len({gate.at for site in _static(options, file, cls.__qualname__) for gate in site.gates}) > 1
 
 
 def _of_arm(flow: Flow, arm: arms.Arm, gate: Gate) -> names.Request | None:

@@ -690,6 +690,6 @@ def describe(flow: Flow, node: int) -> str:
         return f"the input {target.name}"
     if target.op in ("get_attr", "call_module"):
         return str(target.target)
-    if node in flow.steps:
+    if node in flow.steps and flow.steps[node].path:
         return flow.steps[node].path
     return f"{flow.name(node)}(...)"

@@ -27,6 +27,7 @@ def alphas(
     shared: bool,
     exclusive: Callable[[Operand, Operand], bool],
     taken: Callable[[str, str], bool],
+    several: Callable[[str], bool] = lambda cls: False,
 ) -> dict[Request, str]:
     """A name for each branch: `alpha` if the class whose text holds it holds one, else `alpha_<child>`.
 
@@ -37,6 +38,7 @@ def alphas(
         shared: one alpha for all branches of a module.
         exclusive: whether two operands lie in arms of which one call runs at most one.
         taken: whether an attribute of this name is the class's own: (cls, name).
+        several: whether the text of a class holds more branches than the requests tell.
     """
     every = list(dict.fromkeys(requests))
     texts: dict[tuple[str, str], list[Request]] = {}
@@ -46,7 +48,7 @@ def alphas(
     for own in sorted(texts.values(), key=lambda own: -max(request.rank for request in own)):
         owners = {request.cls for request in own}
         above = {request.at: given[request.at] for request in every if request.cls in owners and request.at in given}
-        for at, name in _of_text(own, shared, exclusive, taken, above):
+        for at, name in _of_text(own, shared, exclusive, taken, above, any(map(several, owners))):
             given[at] = name
     return {request: given[request.at] for request in every}
 
@@ -57,10 +59,11 @@ def _of_text(
     exclusive: Callable[[Operand, Operand], bool],
     taken: Callable[[str, str], bool],
     above: Mapping[Operand, str],
+    several: bool,
 ) -> Iterator[tuple[Operand, str]]:
     """The names in the text of one class, where its owners have those `above` already."""
     by_place = {request.at: request for request in sorted(requests, key=lambda request: request.at)}
-    single = len(by_place) == 1 and (shared or "alpha" not in above.values())
+    single = len(by_place) == 1 and not several and (shared or "alpha" not in above.values())
     holders: dict[str, list[Operand]] = {}
     for at, name in above.items():
         holders.setdefault(name, []).append(at)

@@ -35,9 +35,15 @@ def of_branch(flow: Flow, branch: Branch, block: Block, options: Options) -> Ite
     for node in crossed:
         place = order[node]
         position: Position = "pre" if place < weighted[0] else "end" if place > weighted[-1] else "inside"
-        readers = [user for user in flow.users[node] if user not in inside]
+        readers = [user for user in flow.users[node] if user not in inside and not _is_dead(flow, user)]
         readers += [node] if flow.nodes[node] in flow.trace.root.outputs else []
         yield Member(node, position, _decide(flow, node, position, readers, options))
+
+
+def _is_dead(flow: Flow, node: int) -> bool:
+    """Whether a value is a part of another that nobody reads: `make_fx` keeps every output of an operator."""
+    unread = not flow.users[node] and flow.nodes[node] not in flow.trace.root.outputs
+    return unread and flow.name(node) == "getitem"
 
 
 def after(flow: Flow, node: int, options: Options) -> Member:
@@ -126,7 +132,8 @@ def calls(flow: Flow) -> Iterator[int]:
 
 def path_of(flow: Flow, node: int) -> str:
     if node in flow.steps:
-        return flow.steps[node].path
+        step = flow.steps[node]
+        return step.path if step.module is not None or flow.trace.model is None else ""
     return str(flow.nodes[node].target) if flow.nodes[node].op == "call_module" else ""
 
 
@@ -157,11 +164,27 @@ def _bias(flow: Flow, node: int, path: str) -> str:
     while flow.facts[source].kind == "layout" and len(flow.inputs[source]) == 1:
         source = flow.inputs[source][0]
     if flow.nodes[source].op != "call_module":
-        return ""
+        return _written_layer(flow, source)
     layer = str(flow.nodes[source].target)
     module = flow.module(layer)
     plain = isinstance(module, (nn.Linear, nn.modules.conv._ConvNd))
     return layer if plain and module is not None and module.bias is None else ""
+
+
+_LAYERS = frozenset({"linear", "conv1d", "conv2d", "conv3d", "convolution"})
+
+
+def _written_layer(flow: Flow, node: int) -> str:
+    """The module whose weight a layer without bias reads in generated code, which can be given one."""
+    target, frames = flow.nodes[node], flow.origin(node).frames
+    if flow.name(node) not in _LAYERS or not frames or frames[-1].span not in flow.trace.generated:
+        return ""
+    weight, *others = target.args[1:]
+    transposed = flow.name(node) == "convolution" and bool(target.args[6])
+    if transposed or any(others[:1]) or target.kwargs.get("bias") is not None or not isinstance(weight, fx.Node):
+        return ""
+    layer, _, name = (flow.parameter(flow.index[weight]) or "").rpartition(".")
+    return layer if name == "weight" else ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from ..capture.trace import Call
 from ..detect.blocks import Block, Nested, Refusal, find
+from ..detect.drafts import is_gated
 from ..detect.flow import Flow
 
 _CONCATENATIONS = frozenset({"cat", "concat", "concatenate"})
@@ -52,7 +54,7 @@ class Found:
 
 def found(flow: Flow) -> Found:
     """All adds of a trace, by their nodes."""
-    blocks, refusals, nested = find(flow)
+    blocks, refusals, nested = find(flow, partial(is_gated, flow))
     ends = {call: end for end, call in flow.steps.items()}
     inside: dict[int, tuple[int, ...]] = {}
     for node in (*(one.sum.node for one in refusals), *(one.block.sum.node for one in nested)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -68,6 +69,9 @@ class _Editor:
         self.named = {node.name: node for node in self.graph.nodes}
         self.inputs = {str(node.target): node for node in self.graph.nodes if node.op == "placeholder"}
         self.lines = {line: self.named[node.name] for line, node in text_of(module).nodes.items()}
+        self.attributes: dict[str, list[fx.Node]] = {}
+        for node in self.graph.find_nodes(op="get_attr"):
+            self.attributes.setdefault(str(node.target), []).append(node)
         self.replaced: dict[fx.Node, fx.Node] = {}
 
     def carry_out(self, sites: list[Site]) -> fx.Graph:
@@ -80,8 +84,16 @@ class _Editor:
         for norm in dict.fromkeys(norm for site in sites for norm in site.norms):
             assert norm.at is not None
             self.bypass(norm, norm.at)
+            if norm.bias:
+                self.bias(self.below(norm.bias))
         self.clean()
+        self.forget({self.below(norm.path) for site in sites for norm in site.norms if norm.path})
+        self.graph.lint()
         return self.graph
+
+    def below(self, path: str) -> str:
+        """A module path from the graph module."""
+        return path.removeprefix(self.path).lstrip(".")
 
     def node(self, at: Operand) -> fx.Node:
         node: fx.Node | None = self.lines.get(at.span.line)
@@ -110,7 +122,7 @@ class _Editor:
                 whole = self.value(moved.at)
                 scaled = self.graph.node_copy(active, lambda one: branch if one is whole else one)
             if not gate.existing:
-                relative = site.path.removeprefix(self.path).lstrip(".")
+                relative = self.below(site.path)
                 scaled = self.scaled(node, scaled, f"{relative}.{gate.alpha}" if relative else gate.alpha)
         if isinstance(at.index, str):
             node.update_kwarg(at.index, scaled)
@@ -141,9 +153,45 @@ class _Editor:
     def bypass(self, norm: Norm, at: Operand) -> None:
         """Give the readers of a norm what it normalizes."""
         node, entry = self.node(at), self.value(at)
-        results = [user for user in node.users if user.target is operator.getitem and user.args[1] == 0]
-        for one in results or [node]:
-            self.drop(one, entry)
+        if isinstance(node.target, OpOverload) and norm.kind == "layer":
+            with self.graph.inserting_before(node):  # its result was contiguous, whatever it was given
+                entry = self.graph.call_function(torch.ops.aten.contiguous.default, (entry,))
+            entry.meta.update({key: node.meta[key] for key in _PLACE if key in node.meta})
+            entry.meta.update({key: self.value(at).meta[key] for key in _VALUE if key in self.value(at).meta})
+        parts = [user for user in node.users if user.target is operator.getitem]
+        for part in parts:
+            if part.args[1] == 0:
+                self.drop(part, entry)
+            elif not part.users:
+                self.graph.erase_node(part)
+        if not parts:
+            self.drop(node, entry)
+
+    def bias(self, layer: str) -> None:
+        """Have a written-out layer read the bias that its module gets; a module's own call does without."""
+        for weight in self.attributes.get(f"{layer}.weight", ()):
+            for node in list(weight.users):
+                with self.graph.inserting_before(node):
+                    made = self.graph.get_attr(f"{layer}.bias")
+                made.meta.update({key: node.meta[key] for key in _PLACE if key in node.meta})
+                if len(node.args) > 2:
+                    node.update_arg(2, made)
+                elif "bias" in node.kwargs:
+                    node.update_kwarg("bias", made)
+                else:
+                    node.args = (*node.args, made)
+
+    def forget(self, paths: set[str]) -> None:
+        """Erase what still reads the parameters of norms that went: a count of batches that nobody reads."""
+        for target, nodes in self.attributes.items():
+            if paths.isdisjoint(itertools.accumulate(target.split("."), "{}.{}".format)):
+                continue
+            for node in nodes:
+                for user in list(node.users):
+                    if not user.users:
+                        self.graph.erase_node(user)
+                if not node.users and not node._erased:
+                    self.graph.erase_node(node)
 
     def drop(self, node: fx.Node, instead: fx.Node) -> None:
         while instead in self.replaced:
@@ -156,12 +204,11 @@ class _Editor:
         waiting = list(self.replaced)
         while waiting:
             node = waiting.pop()
-            if node.users or node.op in ("placeholder", "output") or node not in self.graph.nodes:
+            if node._erased or node.users or node.op in ("placeholder", "output"):
                 continue
             sources_of = node.all_input_nodes
             self.graph.erase_node(node)
             waiting += sources_of
-        self.graph.lint()
 
 
 _PLACE = ("nn_module_stack", "stack_trace", "source_fn_stack")
@@ -186,6 +233,27 @@ def remember(undo: ExitStack, module: fx.GraphModule) -> None:
         else:
             undo.callback(delattr, cls, name)
         setattr(cls, name, value)
+
+
+def completed(copied: nn.Module, model: nn.Module) -> nn.Module:
+    """A copy of a model with what torch.fx leaves out when it copies graph modules: hooks, attributes, modes."""
+    for path, graph in graph_modules(model).items():
+        twin = copied.get_submodule(path)
+        for name in _HOOKS:
+            twin.__dict__[name] = copy.copy(graph.__dict__[name])
+        twin.__dict__.update({name: value for name, value in graph.__dict__.items() if name not in twin.__dict__})
+        for below, module in graph.named_modules():
+            twin.get_submodule(below).training = module.training
+    return copied
+
+
+_HOOKS = tuple(
+    f"_{kind}hooks{more}"
+    for kind, more in (
+        ("forward_", ""), ("forward_", "_with_kwargs"), ("forward_", "_always_called"), ("forward_pre_", ""),
+        ("forward_pre_", "_with_kwargs"), ("backward_", ""), ("backward_pre_", ""),
+    )
+)  # fmt: skip
 
 
 def _records(module: nn.Module) -> dict[str, dict[str, Any]]:

@@ -128,7 +128,7 @@ def _jobs(model: nn.Module, plan: Plan) -> tuple[list[_Job], list[_Job]]:
     home = graphs.homes(model)
     for site in plan.edited:
         for path, place, part in _parts(model, site, home):
-            graph = home(place, site.path)
+            graph = home(place, path)
             one = job(path) if graph is None else flat.setdefault(graph, _Job(module_at(model, graph), graph))
             one.sites.setdefault(place, []).append(part)
         touched.add(id(module_at(model, site.path)))
@@ -165,7 +165,7 @@ def _parts(model: nn.Module, site: Site, home: graphs.Home) -> Iterator[tuple[st
         yield site.path, place, dataclasses.replace(site, gates=tuple(some), norms=())
     for norm in site.norms:
         if norm.action == "bypass" and norm.at is not None:
-            path = home(norm.at.place, site.path)
+            path = home(norm.at.place, norm.path or site.path)
             path = _caller(model, site, norm) if path is None else path
             yield path, norm.at.place, dataclasses.replace(site, gates=(), norms=(norm,), activation=None)
 

@@ -233,8 +233,10 @@ def _unfused(norm: nn.Module, path: str) -> nn.Sequential:
 
 
 def _zero_bias(layer: nn.Module, path: str) -> nn.Parameter:
-    size = getattr(layer, "out_features", None) or getattr(layer, "out_channels", None)
     weight = getattr(layer, "weight", None)
+    size = getattr(layer, "out_features", None) or getattr(layer, "out_channels", None)
+    if type(layer) is nn.Module and isinstance(weight, torch.Tensor):  # torch.export keeps parameters, not classes
+        size = len(weight)
     if not isinstance(size, int) or not isinstance(weight, torch.Tensor):
         raise ConversionError(f"{path}: a {type(layer).__qualname__} cannot be given a bias")
     bias = torch.zeros(size, dtype=weight.dtype, device=weight.device)
