@@ -407,7 +407,7 @@ def test_wrapped_functions_that_add() -> None:
     assert torch.equal(converted(x), x)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.ao's own
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch.ao's own
 def test_torch_ao_prepared_graphs() -> None:
     quantize = pytest.importorskip("torch.ao.quantization")
     prepare = pytest.importorskip("torch.ao.quantization.quantize_fx").prepare_fx

@@ -69,7 +69,7 @@ class FrameReader:
 
     def _owner(self, frame: FrameType, code: _Code) -> tuple[nn.Module | None, Place | None]:
         if code.candidates:
-            values = frame.f_locals
+            values = code.locals(frame)
             for name in code.candidates:
                 module = values.get(name)
                 if isinstance(module, nn.Module):
@@ -89,7 +89,7 @@ class FrameReader:
 class _Code:
     """What is known of a code object."""
 
-    __slots__ = ("_frames", "_place", "candidates", "code", "passed_over", "torch")
+    __slots__ = ("_frames", "_next", "_owner", "_place", "_positions", "candidates", "code", "passed_over", "torch")
 
     def __init__(self, code: CodeType) -> None:
         file = code.co_filename
@@ -100,12 +100,34 @@ class _Code:
         self.candidates = (*first, *code.co_freevars)
         self._frames: dict[tuple[int, str | None], Frame] = {}
         self._place: Place | None = None
+        self._owner: tuple[FrameType, Any] | None = None
+        self._positions = code.co_positions()
+        self._next = 0
+
+    def locals(self, frame: FrameType) -> Mapping[str, Any]:
+        """The local variables, of generated code with thousands of them the candidates alone, read once a run."""
+        if self.code.co_nlocals < _MANY:
+            return frame.f_locals
+        if self._owner is None or self._owner[0] is not frame:
+            values = frame.f_locals
+            self._owner = (frame, {name: values[name] for name in self.candidates if name in values})
+        found: Mapping[str, Any] = self._owner[1]
+        return found
 
     def frame(self, frame: FrameType, place: Place, owner: str | None) -> Frame:
         key = (frame.f_lasti, owner)
         if key not in self._frames:
-            self._frames[key] = Frame(place, _span(self.code, frame.f_lasti), owner)
+            self._frames[key] = Frame(place, self._span(frame.f_lasti), owner)
         return self._frames[key]
+
+    def _span(self, lasti: int) -> Span:
+        """The span of an instruction; they mostly come in order, and long code is walked once."""
+        index = lasti // 2
+        if index < self._next:
+            self._positions, self._next = self.code.co_positions(), 0
+        position = next(islice(self._positions, index - self._next, None))
+        self._next = index + 1
+        return _span(self.code, *position)
 
     def place(self, frame: FrameType) -> Place:
         """The outermost function that holds this code (for code that is no module's method)."""
@@ -118,8 +140,11 @@ def _name(module: nn.Module) -> str:
     return type(module).__name__
 
 
-def _span(code: CodeType, lasti: int) -> Span:
-    line, end_line, col, end_col = next(islice(code.co_positions(), lasti // 2, None))
+_MANY = 1000
+"""Local variables from which on they are not read for every operation."""
+
+
+def _span(code: CodeType, line: int | None, end_line: int | None, col: int | None, end_col: int | None) -> Span:
     if line is None or end_line is None or col is None or end_col is None:
         raise ConversionError(
             f"{code.co_filename}:{line or code.co_firstlineno}: the code has no column information: "
