@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .api import SourceResult, audit, audit_source, convert, convert_source, unconvert
     from .errors import ConversionError, NoEffectWarning
+    from .folding import fold
     from .graph_pass import ReZeroPass
     from .plan import Options, Plan
     from .report import Report
@@ -22,6 +23,7 @@ __all__ = [
     "unconvert",
     "validate",
     "alphas",
+    "fold",
     "convert_source",
     "audit_source",
     "ReZeroPass",
@@ -45,6 +47,7 @@ _HOMES = {
     "validate": "validation",
     "Validation": "validation",
     "alphas": "rewrite.modules",
+    "fold": "folding",
     "Report": "report",
     "Plan": "plan",
     "Options": "plan",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import ExitStack
 from types import CodeType
 
@@ -13,11 +14,14 @@ from .changes import (
     Added,
     Biased,
     Dropped,
+    Emptied,
     Entry,
+    Folded,
     Held,
     Overwritten,
     Regraphed,
     delete,
+    floats,
     put,
     rebind,
     regrown,
@@ -79,6 +83,7 @@ _PHRASES = {
     "norm": ("dropped norm was made anew at its start values", "dropped norms were made anew at their start values"),
     "bias": ("trained bias that a norm had provided stays", "trained biases that norms had provided stay"),
     "gate": ("gate of the original keeps its present value", "gates of the original keep their present values"),
+    "fold": ("folded gate stays in its branch's weights", "folded gates stay in their branches' weights"),
     "repair": ("undone zero initialization stays undone", "undone zero initializations stay undone"),
 }
 
@@ -107,6 +112,12 @@ def _undone(
             return why
         case Biased(present):
             return _unbiased(undo, module, present)
+        case Folded():
+            return "fold"
+        case Emptied(key, blank):
+            like = next(floats(module), next(floats(model), None))
+            made_anew = copy.deepcopy(blank).train(module.training)
+            put(undo, module._modules, key, made_anew if like is None else made_anew.to(like.device, like.dtype))
         case Dropped():
             return _regrown(undo, model, module, entry, made)
     return None

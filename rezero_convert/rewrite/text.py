@@ -48,8 +48,24 @@ def edit(text: str, sites: Iterable[Site], gate: GateSpelling, *, file: str, fir
     """
     wanted = _Wanted(file, first_line, first_line + text.count("\n"))
     wanted.collect(sites)
+    return _edited(text, wanted, gate)
+
+
+def bypassed(text: str, operands: Iterable[Operand], *, file: str, first_line: int = 1) -> str:
+    """`text` with an argument in the place of each call.
+
+    Raises:
+        ConversionError: no call is at the span of an operand.
+    """
+    wanted = _Wanted(file, first_line, first_line + text.count("\n"))
+    wanted.bypasses.update(((operand.span, operand.index), operand) for operand in operands)
+    return _edited(text, wanted, call)
+
+
+def _edited(text: str, wanted: _Wanted, gate: GateSpelling) -> str:
     if not wanted.operands():
         return text
+    file, first_line = wanted.file, wanted.first
     try:
         wrapper = MetadataWrapper(cst.parse_module(text), unsafe_skip_copy=True)
     except cst.ParserSyntaxError as error:
