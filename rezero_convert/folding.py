@@ -20,13 +20,14 @@ from .api import copied
 from .capture import check_model, resolve_inputs
 from .capture.facts import of_class
 from .capture.recorded import one_line, record
-from .capture.trace import origin
+from .capture.trace import Frame, origin
 from .detect.scaling import Axis, Reading, Unscalable, products, reading, scaling
 from .errors import ConversionError, NoEffectWarning
 from .plan import Operand, Place, Site, Span
 from .rewrite import modules
 from .rewrite.changes import Added, Emptied, Folded, Overwritten, delete, note, overwrite, put, rebind, set_class
-from .rewrite.recompile import bypassed, compiled, same
+from .rewrite.instances import edited_method, find
+from .rewrite.recompile import bypassed, same
 from .rewrite.subclass import EditedMethod, Recipe, code_changes, converted_class, recipe_of
 from .validation.running import run_model
 
@@ -94,6 +95,12 @@ class _Gate:
     path: str
     """From the root, as traces name it."""
     parameter: nn.Parameter
+    holder: nn.Module
+    """The module whose parameter it is: the owner, or a module below."""
+
+    @property
+    def attribute(self) -> str:
+        return self.name.rpartition(".")[2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +109,10 @@ class _Fold:
 
     gate: _Gate
     weights: dict[str, Axis]
-    calls: tuple[Operand, ...]
-    """The calls of `rezero_gate` in the owner's methods that go."""
-    slot: nn.Module | None
-    """The module that only scales, in whose place an identity comes."""
+    edits: tuple[Operand, ...]
+    """What stays of the products in the holder's methods; empty if the holder itself goes, as it only scales."""
+    own: bool
+    """The products are the model's own code."""
 
 
 def _gates(model: nn.Module) -> list[_Gate]:
@@ -114,7 +121,8 @@ def _gates(model: nn.Module) -> list[_Gate]:
     for at, owner in model.named_modules():
         for name in owner.__dict__.get("rezero_gates", ()):
             parameter = owner.get_parameter(name)
-            found.setdefault(id(parameter), _Gate(owner, at, name, paths[id(parameter)], parameter))
+            holder = owner.get_submodule(name.rpartition(".")[0])
+            found.setdefault(id(parameter), _Gate(owner, at, name, paths[id(parameter)], parameter, holder))
     return list(found.values())
 
 
@@ -127,7 +135,7 @@ def _fold(gate: _Gate, readings: list[Reading], through: frozenset[str]) -> _Fol
     Raises:
         Unscalable: it cannot be.
     """
-    ran: set[Span] = set()
+    ran: set[Frame] = set()
     weights: dict[str, Axis] | None = None
     idle = []
     for one in readings:
@@ -135,7 +143,7 @@ def _fold(gate: _Gate, readings: list[Reading], through: frozenset[str]) -> _Fol
         if not ends:
             idle.append(one)
             continue
-        ran.update(origin(product).frames[0].span for product, _, _ in ends)
+        ran.update(origin(product).frames[0] for product, _, _ in ends)
         found = scaling(one, [(product, operand, _axis(product, operand, value)) for product, operand, value in ends],
                         through)  # fmt: skip
         if found.positive and bool((gate.parameter.detach() < 0).any()):
@@ -149,8 +157,12 @@ def _fold(gate: _Gate, readings: list[Reading], through: frozenset[str]) -> _Fol
         assert one.trace.model is not None
         if any(one.readers.get(id(one.trace.model.get_parameter(path))) for path in weights):
             raise Unscalable("its weights are read in a mode in which it is not")
-    calls = tuple(_calls(gate, ran, _bare_norms(gate, weights)))
-    return _Fold(gate, weights, calls, None if calls else _slot(gate, readings))
+    calls = tuple(_calls(gate, {frame.span for frame in ran}, _bare_norms(gate, weights)))
+    if calls:
+        return _Fold(gate, weights, calls, own=False)
+    if _only_scales(gate, readings):
+        return _Fold(gate, weights, (), own=True)
+    return _Fold(gate, weights, tuple(_product(gate, readings[0].trace.model, frame) for frame in ran), own=True)
 
 
 def _axis(product: fx.Node, operand: fx.Node, value: fx.Node) -> Axis:
@@ -215,32 +227,51 @@ def _form(call: ast.Call, norms: frozenset[str]) -> list[str]:
     return [text for text in texts if text not in norms]
 
 
-def _slot(gate: _Gate, readings: list[Reading]) -> nn.Module:
-    """The module that does nothing but scale by the gate: a LayerScale.
-
-    Raises:
-        Unscalable: there is none.
-    """
-    path = gate.path.rpartition(".")[0]
-    assert readings[0].trace.model is not None
-    module = readings[0].trace.model.get_submodule(path)
-    if isinstance(module, nn.ParameterList):
-        raise Unscalable("it is applied in a loop, whose text is not edited")
-    tensors = [*module.parameters(), *module.buffers()]
-    if not path or len(tensors) != 1 or any(True for _ in module.children()):
-        raise Unscalable("it is applied in the model's own code, which is not edited")
+def _only_scales(gate: _Gate, readings: list[Reading]) -> bool:
+    """Whether the gate's holder is a module that does nothing but scale by it: a LayerScale."""
+    holder = gate.holder
+    plain = len([*holder.parameters(), *holder.buffers()]) == 1 and not any(True for _ in holder.children())
+    if not plain or holder is gate.owner or holder._forward_hooks or holder._forward_pre_hooks:
+        return False
     for one in readings:
         ends = {product: operand for product, operand, _ in products(one.trace, gate.path)}
-        for call in one.trace.calls:
-            if call.module is module and [ends.get(end) for end in call.outputs] != call.inputs:
-                raise Unscalable(f"{path} does more than scale")
-            if call.module is module and len(call.inputs) == 1:
-                ends.pop(call.outputs[0])
-        if ends:
-            raise Unscalable(f"{path} is not the only module that applies it")
-    if module._forward_hooks or module._forward_pre_hooks:
-        raise Unscalable(f"{path} has forward hooks")
-    return module
+        calls = [call for call in one.trace.calls if call.module is holder]
+        if any(len(call.inputs) != 1 or [ends.get(end) for end in call.outputs] != call.inputs for call in calls):
+            return False
+        if set(ends) != {call.outputs[0] for call in calls}:
+            return False
+    return True
+
+
+def _product(gate: _Gate, model: nn.Module | None, frame: Frame) -> Operand:
+    """The other operand of a product with the gate in a method of its holder.
+
+    Raises:
+        Unscalable: the product is not there, or is written in another form.
+    """
+    where = f"it is applied in a form of code that is not edited ({frame.span})"
+    if isinstance(gate.holder, nn.ParameterList):
+        raise Unscalable("it is applied in a loop, whose text is not edited")
+    cls: Any = type(gate.holder)
+    assert model is not None
+    if frame.owner is None or model.get_submodule(frame.owner) is not gate.holder or find(cls, frame.place) is None:
+        raise Unscalable(where)
+    node = sources.expression(frame.span)
+    sides: list[ast.expr] = []
+    receiver = False
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+        sides = [node.left, node.right]
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and not node.keywords:
+        receiver = len(node.args) == 1
+        sides = [node.func.value, *node.args] if receiver else node.args
+    left = [i for i, side in enumerate(sides) if not _mentions(side, gate.attribute)]
+    if len(sides) != 2 or len(left) != 1:
+        raise Unscalable(where)
+    return Operand(frame.place, frame.span, left[0], receiver=receiver)
+
+
+def _mentions(node: ast.AST, attribute: str) -> bool:
+    return any(isinstance(part, ast.Attribute) and part.attr == attribute for part in ast.walk(node))
 
 
 # --- carrying out ---
@@ -252,13 +283,13 @@ def _carry_out(undo: ExitStack, model: nn.Module, folds: list[_Fold]) -> None:
             _scale(undo, model.get_parameter(path), one.gate.parameter, axis)
     edits: dict[int, tuple[nn.Module, list[Operand]]] = {}
     for one in folds:
-        if one.calls:
-            edits.setdefault(id(one.gate.owner), (one.gate.owner, []))[1].extend(one.calls)
+        if one.edits:
+            edits.setdefault(id(one.gate.holder), (one.gate.holder, []))[1].extend(one.edits)
     changed: dict[int, list[tuple[CodeType, CodeType]]] = {}
-    for owner, calls in edits.values():
-        cls = _without(type(owner), calls)
-        changed[id(owner)] = code_changes(type(owner), cls)
-        set_class(undo, owner, cls)
+    for holder, operands in edits.values():
+        cls = _without(type(holder), operands)
+        changed[id(holder)] = code_changes(type(holder), cls)
+        set_class(undo, holder, cls)
     rebind(undo, model, changed)
     for one in folds:
         _take_out(undo, model, one)
@@ -277,23 +308,21 @@ def _scale(undo: ExitStack, weight: nn.Parameter, gate: Tensor, axis: Axis) -> N
     overwrite(weight, (before.to(wide) * factor).reshape(before.shape))
 
 
-def _without(cls: type[Any], calls: Iterable[Operand]) -> type[Any]:
-    """The class of an instance whose methods have an operand in the place of each call; the original if that is all."""
-    recipe = recipe_of(cls)
-    assert recipe is not None
-    methods = []
-    for method in recipe.methods:
-        own = tuple(call for call in calls if call.place.file == method.file)
-        old, new = cls.__dict__["rezero_codes"][method.definer, method.qualname, method.line]
-        if own:
-            file, text = bypassed(own[0].place, new, own)
-            method = dataclasses.replace(method, file=file, text=text)
-            new = compiled(text, file, old)
-        if not same(new, old):
-            methods.append(method)
-    if not methods and not hasattr(recipe.original, "__deepcopy__"):
+def _without(cls: Any, operands: list[Operand]) -> type[Any]:
+    """The class with each operand in the place of its product; the original one if nothing else was edited."""
+    recipe = recipe_of(cls) or Recipe(cls, ())
+    methods = {(method.definer, method.qualname, method.line): method for method in recipe.methods}
+    for place in dict.fromkeys(operand.place for operand in operands):
+        found = find(cls, place)
+        assert found is not None
+        own = tuple(operand for operand in operands if operand.place == place)
+        method = edited_method(recipe, cls, found, *bypassed(place, found.code, own))
+        methods[method.definer, method.qualname, method.line] = method
+    made = converted_class(Recipe(recipe.original, tuple(methods.values())))
+    kept = tuple(method for key, method in methods.items() if not same(*made.__dict__["rezero_codes"][key]))
+    if not kept and not hasattr(recipe.original, "__deepcopy__"):
         return recipe.original
-    return converted_class(Recipe(recipe.original, tuple(methods)))
+    return converted_class(Recipe(recipe.original, kept))
 
 
 def _take_out(undo: ExitStack, model: nn.Module, one: _Fold) -> None:
@@ -311,17 +340,22 @@ def _take_out(undo: ExitStack, model: nn.Module, one: _Fold) -> None:
         if not (isinstance(entry, (Added, Overwritten)) and entry.name == gate.name)
     ]
     put(undo, records, "rezero_undo", tuple(kept))
-    note(undo, gate.owner, Folded(gate.name, gate.parameter.detach().cpu().clone(), tuple(one.weights)))
-    if one.slot is None:
-        delete(undo, gate.owner._parameters, gate.name)
+    value, held = gate.parameter.detach().cpu().clone(), gate.holder._parameters
+    if one.edits:
+        note(undo, gate.holder, Folded(gate.attribute, value, tuple(one.weights), one.own))
+        if one.own:
+            put(undo, held, gate.attribute, None)  # the code may ask whether it is there
+        else:
+            delete(undo, held, gate.attribute)
         return
-    blank = copy.deepcopy(one.slot)
+    note(undo, gate.owner, Folded(gate.name, value, tuple(one.weights), own=False))
+    blank = copy.deepcopy(gate.holder)
     overwrite(next(blank.parameters()), torch.ones(()))
-    for holder in list(model.modules()):
-        for key, child in list(holder._modules.items()):
-            if child is one.slot:
-                put(undo, holder._modules, key, nn.Identity().train(child.training))
-                note(undo, holder, Emptied(key, blank))
+    for module in list(model.modules()):
+        for key, child in list(module._modules.items()):
+            if child is gate.holder:
+                put(undo, module._modules, key, nn.Identity().train(child.training))
+                note(undo, module, Emptied(key, blank))
 
 
 def _record(undo: ExitStack, model: nn.Module, folds: list[_Fold], stays: dict[str, str]) -> None:

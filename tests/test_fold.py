@@ -332,6 +332,18 @@ MODELS: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
         timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32, drop_path_rate=0.3, proj_drop_rate=0.2),
         torch.randn(2, 3, 32, 32),
     ),
+    "convnext, permuted": lambda: (
+        timm.create_model("convnext_atto", depths=(1, 1, 1, 1), drop_path_rate=0.3),
+        torch.randn(2, 3, 64, 64),
+    ),
+    "convnext, 1x1 convolutions": lambda: (
+        timm.create_model("convnext_atto", depths=(1, 1, 1, 1), conv_mlp=True),
+        torch.randn(2, 3, 64, 64),
+    ),
+    "cait, gamma in the code": lambda: (
+        timm.create_model("cait_xxs24_224", depth=2, img_size=32, embed_dim=48, num_heads=2),
+        torch.randn(2, 3, 32, 32),
+    ),
     "vit, LayerScale": lambda: (
         timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32, init_values=1e-2, drop_path_rate=0.3),
         torch.randn(2, 3, 32, 32),
@@ -395,6 +407,58 @@ def test_unconvert_says_what_was_folded() -> None:
     assert [type(module) for module in back.modules()] == [type(module) for module in model.modules()]
     assert list(back.state_dict()) == list(model.state_dict())
     assert_same(back, folded, inputs)
+
+
+class Scaled(nn.Module):
+    """A branch with a gate of its own, applied by a function."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.form = nn.Linear(8, 8), nn.Linear(8, 8), form
+        self.gamma = nn.Parameter(torch.full((8,), 0.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc2(self.fc1(x).relu())
+        if self.form == "left":
+            return x + self.gamma * y
+        if self.form == "right":
+            return x + (-y) * self.gamma
+        if self.form == "method":
+            return x + y.mul(self.gamma.view(1, -1))
+        if self.form == "function":
+            return x + torch.mul(self.gamma, y)
+        if self.form == "in place":
+            y *= self.gamma
+            return x + y
+        if self.form == "activation":
+            return x + self.gamma * y.relu()
+        return x + self.gamma * y.view(-1, 2, 4).transpose(1, 2).flatten(1)
+
+
+@pytest.mark.parametrize("form", ["left", "right", "method", "function"])
+def test_a_gate_in_the_models_own_code(form: str) -> None:
+    model = converted(Scaled(form), X, alpha_init="preserve")
+    assert [name for name, _ in rz.alphas(model)] == ["gamma"]
+    folded = assert_folded(model, X)
+    assert isinstance(folded, Scaled)
+    assert folded.gamma is None
+    with pytest.warns(UserWarning, match="1 folded gate stays in its branch's weights"):
+        back = rz.unconvert(folded)
+    assert type(back) is Scaled
+    assert torch.equal(back.gamma, torch.ones(8))
+    assert_same(back, model, X)
+
+
+@pytest.mark.parametrize(
+    ("form", "reason"),
+    [
+        ("in place", "in a form of code that is not edited"),
+        ("activation", "it is negative"),
+        ("layout", "not followed through"),
+    ],
+)
+def test_a_gate_in_the_models_own_code_stays(form: str, reason: str) -> None:
+    assert_stays(converted(Scaled(form), X, alpha_init="preserve"), X, reason)
 
 
 def test_in_place_and_again() -> None:

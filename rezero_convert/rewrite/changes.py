@@ -97,6 +97,8 @@ class Folded:
     """What it was, and what the weights are scaled by."""
     weights: tuple[str, ...]
     """From the root."""
+    own: bool
+    """It was a parameter of the original, whose place is empty now."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -153,8 +153,10 @@ def edited(
 
 
 def bypassed(place: Place, code: CodeType, operands: tuple[Operand, ...]) -> tuple[str, str]:
-    """File name and text of a method with an argument in the place of each call."""
+    """File name and text of a method with an operand in the place of each operation or call."""
     header, body, first = _method(place, code)
+    if sources.stands_for(place.file) is None:
+        _check(place, code, _padded(header + body, first))
     made = text.bypassed(header + body, operands, file=place.file, first_line=first)
     return _filed(place, code, _padded(made, first))
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from contextlib import ExitStack
 from types import CodeType
 
+import torch
 from torch import fx, nn
 
 from ..errors import ConversionError
@@ -112,15 +114,24 @@ def _undone(
             return why
         case Biased(present):
             return _unbiased(undo, module, present)
-        case Folded():
-            return "fold"
-        case Emptied(key, blank):
-            like = next(floats(module), next(floats(model), None))
-            made_anew = copy.deepcopy(blank).train(module.training)
-            put(undo, module._modules, key, made_anew if like is None else made_anew.to(like.device, like.dtype))
+        case Folded() | Emptied():
+            return _unfolded(undo, model, module, entry)
         case Dropped():
             return _regrown(undo, model, module, entry, made)
     return None
+
+
+def _unfolded(undo: ExitStack, model: nn.Module, module: nn.Module, entry: Folded | Emptied) -> str | None:
+    """Put a gate of the original back, at 1; one of ours is not missed."""
+    like = next(itertools.chain(floats(module), floats(model), [torch.empty(0)]))
+    if isinstance(entry, Emptied):
+        child = copy.deepcopy(entry.blank).train(module.training)
+        put(undo, module._modules, entry.key, child.to(like.device, like.dtype))
+        return None
+    if entry.own:
+        ones = torch.ones_like(entry.value, device=like.device, dtype=like.dtype)
+        put(undo, module._parameters, entry.name, nn.Parameter(ones))
+    return "fold"
 
 
 def _unbiased(undo: ExitStack, layer: nn.Module, present: bool) -> str | None:
