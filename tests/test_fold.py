@@ -18,6 +18,8 @@ from torch.nn import functional as F
 
 import rezero_convert as rz
 from rezero_convert import folding
+from rezero_convert.capture.recorded import record
+from rezero_convert.detect.scaling import Unscalable, products, reading, scaling
 from rezero_convert.rewrite import modules
 
 
@@ -156,6 +158,22 @@ def test_a_negative_gate_does_not_pass_an_activation(activation: nn.Module) -> N
     assert_stays(converted(block, X, -0.5), X, "it is negative")
     assert_folded(converted(block, X, 0.5), X)
     assert_folded(converted(block, X, 0.0), X)
+
+
+def test_a_gate_that_is_applied_twice_on_one_path_is_not_folded_once() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.alpha = nn.Linear(8, 8), nn.Parameter(torch.ones(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.alpha * (self.alpha * self.fc(x))
+
+    trace = record(Twice(), (X,), {})
+    ends = [(product, operand, None) for product, operand, _ in products(trace, "alpha")]
+    assert len(ends) == 2
+    with pytest.raises(Unscalable, match="scaled before"):
+        scaling(reading(trace), ends, frozenset({"alpha"}))
 
 
 def test_a_weight_of_two_branches_stays() -> None:

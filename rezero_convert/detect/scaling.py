@@ -132,6 +132,8 @@ def scaling(reading: Reading, ends: list[tuple[fx.Node, fx.Node, Axis]], through
         walk.operands[node] = tuple(source for source, _ in sources)
         stack += sources
     for product, operand, _ in ends:
+        if product in walk.axes:
+            raise Unscalable("it scales what it has scaled before")
         walk.operands[product] = (operand,)
     _check_readers(walk)
     return Scaling(walk.parameters, walk.positive)
