@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from .api import SourceResult, audit, audit_source, convert, convert_source, unconvert
     from .drawing import draw
     from .errors import ConversionError, NoEffectWarning
+    from .folding import fold
     from .graph_pass import ReZeroPass
     from .instruments.groups import param_groups
     from .plan import Options, Plan
@@ -26,6 +27,7 @@ __all__ = [
     "draw",
     "alphas",
     "param_groups",
+    "fold",
     "convert_source",
     "audit_source",
     "ReZeroPass",
@@ -51,6 +53,7 @@ _HOMES = {
     "Validation": "validation",
     "alphas": "rewrite.modules",
     "param_groups": "instruments.groups",
+    "fold": "folding",
     "Report": "report",
     "Plan": "plan",
     "Options": "plan",

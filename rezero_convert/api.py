@@ -73,7 +73,7 @@ def convert(
     """
     settings = make_options(**options)
     plan = detect(capture(model, example_inputs), settings)
-    result = model if inplace else _copy(model)
+    result = model if inplace else copied(model)
     if not plan.converted:
         warnings.warn(_nothing(plan), NoEffectWarning, stacklevel=2)
         if plan.of("gated") and not restore.is_converted(result):
@@ -105,7 +105,7 @@ def unconvert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Raises:
         ConversionError: a class was derived from a converted one. The given model is then as it was.
     """
-    result = model if inplace else _copy(model)
+    result = model if inplace else copied(model)
     if not restore.is_converted(result):
         warnings.warn("nothing to undo: no module of the model is converted", NoEffectWarning, stacklevel=2)
     left = restore.restore(result)
@@ -114,7 +114,12 @@ def unconvert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     return result
 
 
-def _copy(model: nn.Module) -> nn.Module:
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy.
+
+    Raises:
+        ConversionError: the model cannot be copied.
+    """
     try:
         return completed(rejoined(copy.deepcopy(model), model), model)
     except (RuntimeError, TypeError, NotImplementedError) as error:

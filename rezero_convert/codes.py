@@ -8,6 +8,7 @@ CODES: dict[str, str] = {
     "RZ103": "skip through a slice: the block is x[...] + F(x)",
     "RZ110": "a learnable gate that was there becomes the ReZero gate",
     "RZ120": "already a ReZero block, left alone",
+    "RZ121": "its gate was folded into the branch's weights",
     "RZ130": "long skip: spans blocks of its own stream",
     "RZ131": "interior: inside another block's branch",
     "RZ140": "not executed: in a method that ran, on a path that did not",

@@ -262,6 +262,7 @@ def test_json_round_trip(plan: Plan) -> None:
         "interior": 0,
         "not-executed": 0,
         "hidden": 0,
+        "folded": 0,
     }
     assert len(found["sites"]) == 13
     assert [group["count"] for group in found["groups"]] == [12, 1]

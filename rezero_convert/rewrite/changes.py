@@ -88,7 +88,29 @@ class Regraphed:
         return Regraphed(copy.deepcopy(self.before))
 
 
-Entry = Added | Overwritten | Biased | Dropped | Held | Regraphed
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """A gate that went into the weights of its branch."""
+
+    name: str
+    value: Tensor
+    """What it was, and what the weights are scaled by."""
+    weights: tuple[str, ...]
+    """From the root."""
+    own: bool
+    """It was a parameter of the original, whose place is empty now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Emptied:
+    """A child that only scaled by a gate, in whose place an identity is."""
+
+    key: str
+    blank: nn.Module
+    """The child with a gate of ones."""
+
+
+Entry = Added | Overwritten | Biased | Dropped | Held | Regraphed | Folded | Emptied
 
 
 def note(undo: ExitStack, module: nn.Module, entry: Entry) -> None:

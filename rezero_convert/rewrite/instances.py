@@ -69,11 +69,11 @@ def edits(model: nn.Module, plan: Plan) -> Edits:
         recipe = recipe_of(cls) or Recipe(cls, ())
         methods = {(method.definer, method.qualname, method.line): method for method in recipe.methods}
         for place in job.places():
-            found = _find(cls, place)
+            found = find(cls, place)
             if found is None:
                 functions += _own(job, place, texts)
                 continue
-            method = _edited_method(recipe, cls, found, *_text_of(texts, place, found.code, job))
+            method = edited_method(recipe, cls, found, *_text_of(texts, place, found.code, job))
             methods[method.definer, method.qualname, method.line] = method
         classes.append(NewClass(job.instance, converted_class(Recipe(recipe.original, tuple(_sorted(methods))))))
     return Edits(classes, functions, [_new_graph(model, job) for job in flat])
@@ -187,7 +187,7 @@ def _caller(model: nn.Module, site: Site, norm: Norm) -> str:
             except AttributeError:
                 continue
         caller_class: Any = type(caller)
-        if _find(caller_class, norm.at.place) is not None or any(_held(caller, norm.at.place)):
+        if find(caller_class, norm.at.place) is not None or any(_held(caller, norm.at.place)):
             return path
     raise ConversionError(f"{norm.at.span}: no module was found that calls the norm {norm.path or norm.type!r} here")
 
@@ -202,7 +202,7 @@ class _Found(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _find(cls: Any, place: Place) -> _Found | None:
+def find(cls: Any, place: Place) -> _Found | None:
     """Where in the classes of `cls` the function of `place` is held."""
     for definer, holder in enumerate(cls.__mro__):
         if holder is object:
@@ -227,7 +227,7 @@ def _is_of(code: CodeType, place: Place) -> bool:
     return code.co_filename == file and is_at(code, None, place.line) and code.co_name == place.name
 
 
-def _edited_method(recipe: Recipe, cls: type, found: _Found, file: str, body: str) -> EditedMethod:
+def edited_method(recipe: Recipe, cls: type, found: _Found, file: str, body: str) -> EditedMethod:
     """The record of an edit; one of a method that was edited before takes its place."""
     code = found.code
     for method in recipe.methods:

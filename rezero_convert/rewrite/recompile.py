@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import sources
 from ..errors import ConversionError
-from ..plan import Place, Site
+from ..plan import Operand, Place, Site
 from . import text
 
 _FUTURE = sum({getattr(__future__, name).compiler_flag for name in __future__.all_feature_names})
@@ -181,7 +181,19 @@ def edited(
         if replacement[0] not in made:
             raise ConversionError(f"{place.file}:{place.line}: no {replacement[0]} in {place.qualname} of this version")
         made = made.replace(*replacement)
-    made = _padded(made, first)
+    return _filed(place, code, _padded(made, first))
+
+
+def bypassed(place: Place, code: CodeType, operands: tuple[Operand, ...]) -> tuple[str, str]:
+    """File name and text of a method with an operand in the place of each operation or call."""
+    header, body, first = _method(place, code)
+    if sources.stands_for(place.file) is None:
+        _check(place, code, _padded(header + body, first))
+    made = text.bypassed(header + body, operands, file=place.file, first_line=first)
+    return _filed(place, code, _padded(made, first))
+
+
+def _filed(place: Place, code: CodeType, made: str) -> tuple[str, str]:
     digest = hashlib.sha256(f"{place.file}\n{made}".encode()).hexdigest()[:10]
     return f"<rezero {place.module}.{code.co_qualname} {digest}>", made
 
@@ -255,7 +267,7 @@ def _check(place: Place, code: CodeType, body: str) -> None:
         now = compiled(body, place.file, code)
     except SyntaxError as error:
         raise ConversionError(f"{place.file}:{error.lineno}: syntax error: {error.msg}") from error
-    if _same(now, code):
+    if same(now, code):
         return
     # import hooks (pytest's) rewrite assertions; all else must be there, at its place
     tree = _scaffold(_WithoutAssertions().visit(ast.parse(body, place.file)), code)
@@ -268,7 +280,7 @@ class _WithoutAssertions(ast.NodeTransformer):
         return ast.copy_location(ast.Pass(), node)
 
 
-def _same(one: CodeType, other: CodeType) -> bool:
+def same(one: CodeType, other: CodeType) -> bool:
     """Whether two code objects do the same; file and line numbers do not count."""
     if (one.co_code, one.co_names, one.co_varnames, one.co_freevars, one.co_cellvars) != (
         (other.co_code, other.co_names, other.co_varnames, other.co_freevars, other.co_cellvars)
@@ -279,7 +291,7 @@ def _same(one: CodeType, other: CodeType) -> bool:
 
 def _same_constant(one: object, other: object) -> bool:
     if isinstance(one, CodeType) and isinstance(other, CodeType):
-        return _same(one, other)
+        return same(one, other)
     return type(one) is type(other) and repr(one) == repr(other)
 
 

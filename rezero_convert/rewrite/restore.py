@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from contextlib import ExitStack
 from types import CodeType
 
+import torch
 from torch import fx, nn
 
 from ..errors import ConversionError
@@ -13,11 +16,14 @@ from .changes import (
     Added,
     Biased,
     Dropped,
+    Emptied,
     Entry,
+    Folded,
     Held,
     Overwritten,
     Regraphed,
     delete,
+    floats,
     put,
     rebind,
     regrown,
@@ -79,6 +85,7 @@ _PHRASES = {
     "norm": ("dropped norm was made anew at its start values", "dropped norms were made anew at their start values"),
     "bias": ("trained bias that a norm had provided stays", "trained biases that norms had provided stay"),
     "gate": ("gate of the original keeps its present value", "gates of the original keep their present values"),
+    "fold": ("folded gate stays in its branch's weights", "folded gates stay in their branches' weights"),
     "repair": ("undone zero initialization stays undone", "undone zero initializations stay undone"),
 }
 
@@ -107,9 +114,24 @@ def _undone(
             return why
         case Biased(present):
             return _unbiased(undo, module, present)
+        case Folded() | Emptied():
+            return _unfolded(undo, model, module, entry)
         case Dropped():
             return _regrown(undo, model, module, entry, made)
     return None
+
+
+def _unfolded(undo: ExitStack, model: nn.Module, module: nn.Module, entry: Folded | Emptied) -> str | None:
+    """Put a gate of the original back, at 1; one of ours is not missed."""
+    like = next(itertools.chain(floats(module), floats(model), [torch.empty(0)]))
+    if isinstance(entry, Emptied):
+        child = copy.deepcopy(entry.blank).train(module.training)
+        put(undo, module._modules, entry.key, child.to(like.device, like.dtype))
+        return None
+    if entry.own:
+        ones = torch.ones_like(entry.value, device=like.device, dtype=like.dtype)
+        put(undo, module._parameters, entry.name, nn.Parameter(ones))
+    return "fold"
 
 
 def _unbiased(undo: ExitStack, layer: nn.Module, present: bool) -> str | None:

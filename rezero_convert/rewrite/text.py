@@ -48,8 +48,24 @@ def edit(text: str, sites: Iterable[Site], gate: GateSpelling, *, file: str, fir
     """
     wanted = _Wanted(file, first_line, first_line + text.count("\n"))
     wanted.collect(sites)
+    return _edited(text, wanted, gate)
+
+
+def bypassed(text: str, operands: Iterable[Operand], *, file: str, first_line: int = 1) -> str:
+    """`text` with an operand in the place of each operation or call.
+
+    Raises:
+        ConversionError: nothing of the expected form is at the span of an operand.
+    """
+    wanted = _Wanted(file, first_line, first_line + text.count("\n"))
+    wanted.bypasses.update(((operand.span, operand.index), operand) for operand in operands)
+    return _edited(text, wanted, call)
+
+
+def _edited(text: str, wanted: _Wanted, gate: GateSpelling) -> str:
     if not wanted.operands():
         return text
+    file, first_line = wanted.file, wanted.first
     try:
         wrapper = MetadataWrapper(cst.parse_module(text), unsafe_skip_copy=True)
     except cst.ParserSyntaxError as error:
@@ -216,6 +232,11 @@ class _Editor(cst.CSTTransformer):
     def leave_BinaryOperation(
         self, original_node: cst.BinaryOperation, updated_node: cst.BinaryOperation
     ) -> cst.BaseExpression:
+        bypass = self.bypasses.get(original_node)
+        if bypass is not None:
+            value = parenthesised(updated_node.right if bypass.index == 1 else updated_node.left)
+            value = _wrap(value) if _spills(value) else value
+            return value.with_changes(lpar=[*updated_node.lpar, *value.lpar], rpar=[*value.rpar, *updated_node.rpar])
         for change in self.gates.get(original_node, ()):
             if change.where.index not in (0, 1):
                 raise ConversionError(f"{change.where.span}: a binary operation has no operand {change.where.index!r}")
