@@ -230,6 +230,10 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
 
     names = ("method", "alpha_init", "drop_norm", "activation", "include", "exclude", "share", "long_skips")
     given = project_settings(Path.cwd(), names)
+    try:
+        options(**given)
+    except ConversionError as error:
+        raise ConversionError(f"pyproject.toml: [tool.rezero-convert]: {error}") from error
     given |= {name: value for name in names if (value := getattr(arguments, name)) is not None}
     options(**given)  # before anything is run
     return given

@@ -44,8 +44,10 @@ def recorded(text: str, file: str, model: nn.Module, example_inputs: Any, option
     plan = detect(capture(model, example_inputs), options)
     own = os.path.realpath(file)
     here = [_in_file(site, file) for site in plan.sites if site.span and os.path.realpath(site.span.file) == own]
-    kept = frozenset(plan.kept_calls)
-    here = [_norms_of_text(site, kept) for site in _agreed(here)]
+    agreed = list(_agreed(here))
+    lost = frozenset(_norm_calls(here)) - frozenset(_norm_calls(agreed))
+    kept = frozenset(plan.kept_calls) | {(span, path.rpartition(".")[2]) for span, path in lost}
+    here = [_norms_of_text(site, kept) for site in agreed]
     made = {base.__qualname__ for module in model.modules() for base in type(module).__mro__}
     ran = {site.span for site in here}
     found = written(text, file, options).sites
@@ -74,6 +76,12 @@ def _kept(plan: Plan, done: Mapping[Span, Site]) -> Iterator[tuple[Span, str]]:
         yield span, name
 
 
+def _norm_calls(sites: Iterable[Site]) -> Iterator[tuple[Span, str]]:
+    """The calls of norms that are to go, with the norms' paths."""
+    for site in sites:
+        yield from ((norm.at.span, norm.path) for norm in site.norms if norm.at is not None and norm.action != "keep")
+
+
 def _kinds(sites: Iterable[Site]) -> dict[Span, str]:
     return {norm.at.span: norm.kind for site in sites for norm in site.norms if norm.at is not None}
 
@@ -87,6 +95,9 @@ def _norms_of_text(site: Site, kept: frozenset[tuple[Span, str]]) -> Site:
         if (norm.at.span, norm.path.rpartition(".")[2]) in kept:
             return dataclasses.replace(norm, action="keep", reason="the same call serves a use that keeps the norm")
         inside = norm.path.startswith(f"{site.path}." if site.path else "")
+        several = inside and "*" in norm.path.removeprefix(site.path) and not any(gate.loops for gate in site.gates)
+        if norm.action == "bypass" and several:
+            return dataclasses.replace(norm, action="keep", reason="its call serves instances that are not gated here")
         if norm.action == "slot" and (not inside or "*" in norm.path.removeprefix(site.path)):
             return dataclasses.replace(norm, action="keep", reason="it is held in a list that is not written out")
         return norm

@@ -188,8 +188,12 @@ class _Unflattening:
         return self.made.values()
 
     def _source(self, frames: tuple[Frame, ...]) -> fx.Node | None:
-        """The graph's node that a frame of the generated code computes."""
-        return self.text.node(frames[-1].span) if frames else None
+        """The graph's node that a frame of the generated code computes.
+
+        A module called for no result, as exported guards are, has its metadata from some other node.
+        """
+        node = self.text.node(frames[-1].span) if frames else None
+        return None if node is not None and node.op == "call_module" and not node.users else node
 
     def _placed(self, node: fx.Node, frames: tuple[Frame, ...], leaf: str) -> tuple[Call, tuple[Frame, ...]]:
         """The module execution around a node, and frames that say so."""

@@ -8,10 +8,14 @@ from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
+from torch import nn
+
 from .. import known, sources
+from ..capture.facts import is_leaf
 from ..capture.static import adds, exclusive, traces
 from ..capture.trace import Frame, Trace, origin
 from ..errors import ConversionError
+from ..listing import compact
 from ..plan import Gate, Norm, Options, Place, Plan, Site, Span
 from . import arms, code, loops, names, norms
 from .blocks import Block, Nested, Refusal, find, owner_call
@@ -41,12 +45,39 @@ def detect(trace: Trace, options: Options | None = None) -> Plan:
     sites += [_nested(facts, one) for one in nested if one.block not in gated_long]
     sites += [_hidden(facts, frames) for frames in trace.hidden]
     ordered = sorted(_group(sites), key=_order)
-    return Plan(tuple(ordered), options, trace.route, trace.scalars, trace.notes, _kept_calls(facts, ordered))
+    notes = (*trace.notes, *_idle(facts))
+    return Plan(tuple(ordered), options, trace.route, trace.scalars, notes, _kept_calls(facts, ordered))
 
 
 def _order(site: Site) -> tuple[str, int, int, str]:
     span = site.span
     return (span.file, span.line, span.col, site.path) if span else ("", 0, 0, site.path)
+
+
+def _idle(flow: Flow) -> Iterator[str]:
+    """A note on the modules that did not run; what they add is in no report."""
+    model = flow.trace.model
+    if model is None:
+        return
+    ran = {call.path for call in flow.trace.calls}
+    ran |= {str(node.target) for node in flow.nodes if node.op == "call_module"}
+    ran |= {str(node.target).rpartition(".")[0] for node in flow.nodes if node.op == "get_attr"}
+    above = {path[:end] for path in ran for end, letter in enumerate(path) if letter == "."} | ran | {""}
+    idle: list[str] = []
+    for path, module in model.named_modules():
+        below_idle = any(f"{path}.".startswith(f"{one}.") for one in idle[-1:])
+        if path not in above and not below_idle and any(_may_add(part) for part in module.modules()):
+            idle.append(path)
+    if idle:
+        yield f"did not run, and is not judged: {compact(idle)}; pass inputs, or set what they depend on, to run it"
+
+
+def _may_add(module: nn.Module) -> bool:
+    """Whether a module has a forward of the model's own, and weights."""
+    own = type(module).forward is not nn.Module.forward and not is_leaf(type(module))
+    return (
+        own and not isinstance(module, nn.Sequential) and any(parameter.dim() > 1 for parameter in module.parameters())
+    )
 
 
 def _post_norms(flow: Flow, drafts: list[Draft], options: Options) -> list[Draft]:

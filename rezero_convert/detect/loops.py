@@ -285,7 +285,8 @@ def _walk(place: Place, path: _Path, found: list[tuple[str, ...]], elements: Ele
             if not set(own) <= set(held):
                 return f"the loop walks {written} in a way that a list of alphas cannot be walked beside"
             walked = [held[n] for n in _range(star.walked, [held.index(name) for name in own], len(held))]
-            if set(walked) != set(own) and not (star.index and set(walked[: len(own)]) == set(own)):
+            counts = star.index and level + 1 == len(stars)  # a list beside an outer loop is walked in every pass
+            if set(walked) != set(own) and not (counts and set(walked[: len(own)]) == set(own)):
                 return f"not every pass of the loop over {written} adds its branch"
             numbers |= {(*prefix, name): walked.index(name) for name in own}
         counted = level + 1 < len(stars) and star.variable == star.index

@@ -101,19 +101,28 @@ class _Editor:
             raise ConversionError(f"{at.span}: the graph of {self.path or 'the model'} has no node for this line")
         return node
 
-    def value(self, at: Operand) -> fx.Node:
-        """The node of an operand."""
+    def operand(self, at: Operand) -> Any:
+        """A node, or the number that `lerp` weighs by."""
         node = self.node(at)
         found = node.kwargs.get(at.index) if isinstance(at.index, str) else node.args[at.index]
         if isinstance(at.index, str) and found is None:
             found = self.named.get(at.index) or self.inputs.get(at.index)
-        if not isinstance(found, fx.Node):
+        if found is None:
             raise ConversionError(f"{at.span}: {node.format_node()} has no operand {at.index}")
+        return found
+
+    def value(self, at: Operand) -> fx.Node:
+        """The node of an operand."""
+        found = self.operand(at)
+        if not isinstance(found, fx.Node):
+            raise ConversionError(f"{at.span}: operand {at.index} of {self.node(at).format_node()} is no tensor")
         return found
 
     def gate(self, site: Site, gate: Gate, at: Operand) -> None:
         """Scale an operand, with the activation of the sum on it if that moves."""
-        node, branch = self.node(at), self.value(at)
+        node, branch = self.node(at), self.operand(at)
+        if node.target is torch.ops.aten.lerp.Scalar:
+            node.target = torch.ops.aten.lerp.Tensor
         moved = site.activation if site.activation is not None and site.activation.action == "move" else None
         with self.graph.inserting_before(node):
             scaled = branch
@@ -129,10 +138,10 @@ class _Editor:
         else:
             node.update_arg(at.index, scaled)
 
-    def scaled(self, node: fx.Node, branch: fx.Node, alpha: str) -> fx.Node:
+    def scaled(self, node: fx.Node, branch: Any, alpha: str) -> fx.Node:
         """`alpha * branch`, in the branch's dtype; `node` is the sum."""
         aten = isinstance(node.target, OpOverload)
-        dtype = _dtype(branch)
+        dtype = _dtype(branch) if isinstance(branch, fx.Node) else None
         made = [self.graph.get_attr(alpha)]
         if dtype in _HALF:
             made.append(self._cast(made[-1], torch.float32, aten))
@@ -141,7 +150,8 @@ class _Editor:
             made.append(self._cast(made[-1], dtype, aten))
         for one in made:
             one.meta.update({key: node.meta[key] for key in _PLACE if key in node.meta})
-        for one in made[-1:] if dtype not in _HALF else made[-2:]:
+        valued = made[-1:] if dtype not in _HALF else made[-2:]
+        for one in valued if isinstance(branch, fx.Node) else ():
             one.meta.update({key: branch.meta[key] for key in _VALUE if key in branch.meta})
         return made[-1]
 
