@@ -11,6 +11,7 @@ from rezero_convert import api
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The default weight initialization:FutureWarning")  # torchvision's own
 @pytest.mark.parametrize("name", NAMES)
 def test_every_door_agrees_with_the_module_route(name: str) -> None:
     assert [(one.door, one.failures) for one in outcomes(name) if one.failures] == []

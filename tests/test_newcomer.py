@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -199,3 +200,149 @@ def test_a_decoder_with_masks_is_gated_in_eval_without_gradients(norm_first: boo
         assert torch.equal(converted(**inputs), inputs["tgt"])
         nn.init.constant_(converted.layers[0].alpha_multihead_attn, 0.5)
         assert not torch.equal(converted(**inputs), inputs["tgt"])
+
+
+# --- of a second trial ---
+
+
+class ScaledInTraining(nn.Module):
+    """An arm that did not run, with a factor of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            if torch.rand(()) < 0.5:
+                return x
+            x = x + torch.tanh(self.f(x)) * 2
+        else:
+            x = x + torch.tanh(self.f(x))
+        return x
+
+
+def test_an_arm_with_a_factor_is_gated_like_the_one_that_ran() -> None:
+    x = torch.randn(2, 8)
+    converted = rz.convert(ScaledInTraining(), x)
+    assert sorted(site.verdict for site in rz.audit(converted).plan.sites) == ["converted", "not-executed"]
+    assert all(torch.equal(converted.train()(x), x) for _ in range(20))
+
+
+STREAM = """\
+import torch
+from torch import nn
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.n = nn.LayerNorm(8)
+        self.f = nn.Linear(8, 8)
+
+    def forward(self, o):
+        r = o[0] + o[1]
+        return torch.tanh(self.f(self.n(r))), r
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(8, 8)
+        self.bs = nn.ModuleList(Block() for _ in range(3))
+
+    def forward(self, x):
+        x = self.stem(x)
+        o = (torch.zeros_like(x), x)
+        for b in self.bs:
+            o = b(o)
+        return o[0] + o[1]
+"""
+
+
+@pytest.mark.parametrize("run", [False, True])
+def test_a_norm_stays_in_a_file_where_not_all_of_its_blocks_are_gated(run: bool, tmp_path: Path) -> None:
+    file = tmp_path / "stream.py"
+    file.write_text(STREAM)
+    scope: dict[str, Any] = {"__name__": "stream"}
+    exec(compile(STREAM, str(file), "exec"), scope)
+    exact: dict[str, Any] = {"model": scope["Net"](), "example_inputs": torch.randn(2, 8)} if run else {}
+    made = rz.convert_source(STREAM, file=str(file), **exact)
+    assert "self.n = nn.LayerNorm(8)" in made.text
+    assert "self.f(self.n(r))" in made.text
+
+
+class Counted(nn.Module):
+    """Which of two adds runs depends on the outer loop's count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(nn.ModuleList(nn.Linear(8, 8) for _ in range(2)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, stage in enumerate(self.stages):
+            for f in stage:  # type: ignore[attr-defined]
+                if i % 2:
+                    x = x + torch.tanh(f(x))
+                else:
+                    x = x + 0.5 * torch.tanh(f(x))
+        return x
+
+
+def test_an_add_of_some_outer_passes_is_refused() -> None:
+    sites = rz.audit(Counted(), torch.randn(2, 8)).plan.sites
+    assert [site.code for site in sites] == ["RZ911", "RZ911"]
+    assert all("not every pass" in site.reason for site in sites)
+
+
+class FirstNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.n = nn.LayerNorm(8)
+        self.f = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(self.n(x))
+
+
+class Towards(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.lerp(x, torch.tanh(self.f(x)), 0.4)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch.export's own
+@pytest.mark.parametrize("make", [FirstNorm, Towards])
+@pytest.mark.parametrize("exported", [False, True])
+def test_graphs_with_a_norm_of_the_input_and_with_a_number_for_a_weight(make: Any, exported: bool) -> None:
+    model, x = make(), torch.randn(2, 8)
+    graph = torch.export.export(model, (x,)).module() if exported else torch.fx.symbolic_trace(model)
+    converted = rz.convert(graph, x)
+    assert torch.equal(converted(x), x)
+    assert not hasattr(converted, "n")
+    same = rz.convert(graph, x, alpha_init="preserve")
+    torch.testing.assert_close(same(x), model(x))
+
+
+class Partly(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = FirstNorm()
+        self.bs = nn.ModuleList(FirstNorm() for _ in range(4))
+        self.head = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor, use: bool = False) -> Tensor:
+        x = self.a(x) if use else x
+        for b in self.bs[:2]:
+            x = b(x)
+        return x
+
+
+def test_modules_that_did_not_run_are_named() -> None:
+    x = torch.randn(2, 8)
+    (note,) = rz.audit(Partly(), x).plan.notes
+    assert note.startswith("did not run, and is not judged: a, bs.{2,3};")
+    assert not rz.audit(FirstNorm(), x).plan.notes
