@@ -29,7 +29,7 @@ def stand_ins(model: nn.Module) -> Iterator[tuple[tuple[str, ...], tuple[str, ..
     """A context in which every module that adds in a `forward` without source text runs a text made for it.
 
     The text is what torch.fx traces of that one module with its children as leaves; `sources.stands_for` knows what it
-    stands for. What follows `self.training` follows it still. The modules are as they were afterwards.
+    stands for. An argument that is `self.training` is so still. The modules are as they were afterwards.
 
     Yields:
         The names of the classes that were read so, and a note per class: how it was read, or why it cannot be.
@@ -50,7 +50,7 @@ def stand_ins(model: nn.Module) -> Iterator[tuple[tuple[str, ...], tuple[str, ..
             held.append(module)
             notes[
                 f"{name} has no source text: what torch.fx traces of its forward, with its children as leaves, is "
-                "rewritten in its place; conditions on anything but self.training are settled as they are now"
+                "rewritten in its place; its conditions are settled as they are now"
             ] = None
         yield tuple(dict.fromkeys(type(module).__qualname__ for module in held)), tuple(notes)
     finally:
