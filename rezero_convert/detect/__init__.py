@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from .. import known, sources
@@ -74,6 +75,8 @@ def _idle(flow: Flow) -> Iterator[str]:
 
 def _may_add(module: nn.Module) -> bool:
     """Whether a module has a forward of the model's own, and weights."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
     own = type(module).forward is not nn.Module.forward and not is_leaf(type(module))
     return (
         own and not isinstance(module, nn.Sequential) and any(parameter.dim() > 1 for parameter in module.parameters())
