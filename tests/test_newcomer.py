@@ -222,9 +222,20 @@ class ScaledInTraining(nn.Module):
         return x
 
 
-def test_an_arm_with_a_factor_is_gated_like_the_one_that_ran() -> None:
+class ScaledByName(ScaledInTraining):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            if torch.rand(()) < 0.5:
+                return x
+            h = torch.tanh(self.f(x))
+            return x + h * 2
+        return x + torch.tanh(self.f(x))
+
+
+@pytest.mark.parametrize("make", [ScaledInTraining, ScaledByName])
+def test_an_arm_with_a_factor_is_gated_like_the_one_that_ran(make: Any) -> None:
     x = torch.randn(2, 8)
-    converted = rz.convert(ScaledInTraining(), x)
+    converted = rz.convert(make(), x)
     assert sorted(site.verdict for site in rz.audit(converted).plan.sites) == ["converted", "not-executed"]
     assert all(torch.equal(converted.train()(x), x) for _ in range(20))
 

@@ -158,17 +158,12 @@ def adds_number(span: Span) -> bool:
     return any(_is_number(side) for side in sides)
 
 
-def _has_call(node: ast.BinOp) -> bool:
-    """Whether a side is computed by a call that may give a tensor."""
-    return any(isinstance(part, ast.Call) and not _is_number(part) for part in ast.walk(node))
-
-
 def _is_number(node: ast.expr) -> bool:
     if isinstance(node, ast.UnaryOp):
         return _is_number(node.operand)
-    if isinstance(node, ast.BinOp):  # `f(x) * 2` is no number, `len(x) * n` and `n + 1` are
+    if isinstance(node, ast.BinOp):  # `h * 2` may be a tensor, `n + 1` is taken for a number
         sides = (_is_number(node.left), _is_number(node.right))
-        return all(sides) if isinstance(node.op, (ast.Mult, ast.Div)) and _has_call(node) else any(sides)
+        return all(sides) if isinstance(node.op, (ast.Mult, ast.Div, ast.MatMult)) else any(sides)
     if isinstance(node, ast.Call):
         return isinstance(node.func, ast.Name) and node.func.id in ("len", "int", "float", "round", "str")
     if isinstance(node, ast.Subscript):
