@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from .api import audit, convert
@@ -102,10 +102,7 @@ class ReZeroPass(PassBase):
         }
         for name, _ in alphas(graph_module):
             holder = name.rpartition(".")[0]
-            known = (
-                holder in inside
-                or type(graph_module.get_submodule(holder)).forward.__name__ == "_forward_unimplemented"
-            )
+            known = holder in inside or type(graph_module.get_submodule(holder)).forward is nn.Module.forward
             if known and name not in read:
                 raise ConversionError(f"no node of the graph reads the gate {name}")
 

@@ -35,15 +35,19 @@ FAST = frozenset(
     ]
 )  # fmt: skip
 
-KNOWN = {
-    "transformers TimesformerModel": "spatial attention is added to a stream that is put together again on the spot: "
-    "cat((cls, x)) + cat((c, f)), where c and f are computed from cls and x",
+_Count = tuple[str, int, int]
+"""A module's class, its branches by the table, and those found."""
+
+KNOWN: dict[str, dict[str, _Count]] = {
+    # spatial attention is added to a stream that is put together again on the spot: cat((cls, x)) + cat((c, f)), where
+    # c and f are computed from cls and x
+    "transformers TimesformerModel": {f"encoder.layer.{i}": ("TimesformerLayer", 3, 2) for i in range(2)},
 }
-"""What is known to be missed, and why."""
+"""What is known to be missed: exactly this, neither more nor less."""
 
 
 @cache
-def _counted(name: str) -> tuple[int | None, dict[str, tuple[str, int, int]]]:
+def _counted(name: str) -> tuple[int | None, dict[str, _Count]]:
     """The configuration's total, and per module with branches its class, their expected and their found number."""
     case = next(case for case in CASES if case.name == name)
     torch.manual_seed(0)
@@ -66,9 +70,7 @@ def _found(model: nn.Module, inputs: Any) -> Counter[int]:
 
 
 def _marks(case: Case) -> list[pytest.MarkDecorator]:
-    slow = [] if case.name in FAST else [pytest.mark.slow]
-    known = [pytest.mark.xfail(reason=KNOWN[case.name], raises=AssertionError)] if case.name in KNOWN else []
-    return slow + known
+    return [] if case.name in FAST else [pytest.mark.slow]
 
 
 def test_the_slice_is_of_the_table_and_the_table_large_enough() -> None:
@@ -83,7 +85,7 @@ def test_gates_are_where_the_architecture_adds_branches(name: str) -> None:
     total, counts = _counted(name)
     expected = sum(branches for _, branches, _ in counts.values())
     assert total is None or expected == total, "the rules of the table say something else than its total"
-    assert {path: count for path, count in counts.items() if count[1] != count[2]} == {}
+    assert {path: count for path, count in counts.items() if count[1] != count[2]} == KNOWN.get(name, {})
 
 
 @pytest.mark.slow

@@ -84,7 +84,7 @@ def _check_size(attempt: Attempt) -> None:
     try:
         with torch.device("meta"):
             size = sum(parameter.numel() for parameter in attempt.build().parameters())
-    except Exception:
+    except Exception:  # of a constructor that needs values; the build with numbers comes next and tells what it raises
         return
     if size > LARGEST_REAL:
         raise NotRunnable(f"{size / 1e6:.0f} million parameters")
