@@ -27,7 +27,7 @@ CODES: dict[str, str] = {
     "RZ911": "a loop or a shared call: which alpha belongs to it cannot be decided",
     "RZ912": "a form of source text that cannot be edited",
     "RZ913": "the branch cannot be made nonzero, so its alpha would never get a gradient",
-    "RZ914": "depends on the skip only through detach, masks, shapes or indices",
+    "RZ914": "depends on the skip only through detach, masks, shapes, indices or the size of noise",
     "RZ915": "cannot be decided without running the model: pass --model and --inputs",
     "RZ916": "a merge inside a larger structure: the sum is not what the module returns",
     "RZ917": "shares its text with an instance that cannot be gated",

@@ -1,4 +1,5 @@
-"""A case is a folder: `before.py`, and `after.py` as the tool writes it. Cases below `refused` stay byte-identical.
+"""A case is a folder: `before.py`, and `after.py` as the tool writes it. Cases below `refused` and `left_alone` stay
+byte-identical: all of their adds are refused; they have none of tensors, or gates that are there already.
 
 `python tests/test_cases.py` rewrites the golden files and the README's diffs from what the tool does; read the change.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ CASES = Path(__file__).parent / "cases"
 README = Path(__file__).parent.parent / "README.md"
 CONVERTED = sorted(path.parent.name for path in CASES.glob("*/before.py"))
 REFUSED = sorted(path.parent.name for path in CASES.glob("refused/*/before.py"))
+LEFT_ALONE = sorted(path.parent.name for path in CASES.glob("left_alone/*/before.py"))
+SHOWN = re.findall(r"<!-- case: (\w+) -->", README.read_text())
+"""The cases whose diffs are in the README."""
 
 
 def converted(folder: Path) -> Any:
@@ -61,6 +66,16 @@ def test_refused_files_stay_as_they_are(name: str) -> None:
     assert found == json.loads((folder / "report.json").read_text())
 
 
+@pytest.mark.parametrize("name", LEFT_ALONE)
+def test_files_without_a_block_to_convert_stay_as_they_are(name: str) -> None:
+    folder = CASES / "left_alone" / name
+    assert converted(folder).text == (folder / "before.py").read_text()
+    found = report(folder)
+    assert all(site["verdict"] in ("gated", "refused") for site in found)
+    assert any(site["verdict"] == "gated" for site in found) or not found
+    assert found == json.loads((folder / "report.json").read_text())
+
+
 @pytest.mark.parametrize("name", CONVERTED)
 def test_converted_files_are_as_recorded(name: str) -> None:
     folder = CASES / name
@@ -71,9 +86,14 @@ def test_converted_files_are_as_recorded(name: str) -> None:
     assert rz.convert_source(after, file="after.py").text == after
 
 
-@pytest.mark.parametrize("name", CONVERTED)
-def test_the_readme_shows_every_form(name: str) -> None:
+@pytest.mark.parametrize("name", SHOWN)
+def test_the_readme_shows_what_the_tool_writes(name: str) -> None:
     assert section(name) in README.read_text()
+
+
+def test_there_are_cases_of_every_kind() -> None:
+    assert len(CONVERTED) > 60 and len(REFUSED) > 55 and len(LEFT_ALONE) > 10
+    assert len(SHOWN) == len(set(SHOWN)) > 15
 
 
 def update() -> None:
@@ -90,8 +110,7 @@ def update() -> None:
                 rest.index("```\n", rest.index("```diff")) + 4 if rest.startswith(f"{mark}```diff") else len(mark)
             )
             text = text[:start] + section(name) + text[end:]
-    for name in REFUSED:
-        folder = CASES / "refused" / name
+    for folder in [path.parent for path in CASES.glob("*/*/before.py")]:
         (folder / "report.json").write_text(json.dumps(report(folder), indent=1) + "\n")
     README.write_text(text)
 

@@ -714,6 +714,15 @@ class LongSkipBare(Net):
         return x + self.blocks(x)
 
 
+class LongSkipInOneBody(Linears):
+    """The last block and the long skip are written in one module: one sum of three terms."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x + torch.relu(self.a(x))
+        z = y + torch.relu(self.b(y))
+        return z + x
+
+
 class Interior(Linears):
     """MViT: a residual sum on the query inside the attention branch."""
 
@@ -768,6 +777,16 @@ def test_a_skip_around_blocks_of_its_own_stream_is_a_long_skip(make: Any, text: 
     assert "spans the block at" in site.reason
     assert [site.path for site in found.converted] == ["blocks.0", "blocks.1"]
     assert len(list(rz.alphas(rz.convert(make(), vectors())))) == 2
+
+
+def test_the_last_block_before_a_long_skip_is_a_block() -> None:
+    found = plan(LongSkipInOneBody(), vectors())
+    assert only(found, "z + x").code == "RZ130"
+    assert [segment(site) for site in found.converted] == ["x + torch.relu(self.a(x))", "y + torch.relu(self.b(y))"]
+    converted = rz.convert(LongSkipInOneBody(), vectors())
+    assert len(list(rz.alphas(converted))) == 2
+    x = vectors()
+    assert torch.equal(converted(x), x + x)
 
 
 def test_long_skips_are_gated_on_request() -> None:
@@ -848,7 +867,7 @@ class Pooled(Linears):
 @pytest.mark.parametrize(
     ("make", "text", "reason"),
     [
-        (RotaryBuffers, "q * self.cos", "parts of the skip times constants, as in a rotation"),
+        (RotaryBuffers, "q * self.cos", "parts of the skip times given factors, as in a rotation"),
         (PolynomialGelu, "0.0447", "a pointwise function of the skip, as in an activation"),
         (Snake, "torch.sin", "a pointwise function of the skip, as in an activation"),
         (GlobalResponse, "+ x", "the skip is scaled by statistics of its own"),
@@ -857,6 +876,30 @@ class Pooled(Linears):
 )
 def test_it_is_told_what_a_branch_without_weights_is(make: Any, text: str, reason: str) -> None:
     assert only(plan(make(), vectors()), text).reason.rpartition(": ")[2] == reason
+
+
+class Sampled(Linears):
+    """A variational layer: noise of a size computed from the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, deviation = self.a(x), torch.exp(self.b(x))
+        return mean + deviation * torch.randn_like(deviation)
+
+
+class Propagation(Linears):
+    """A graph convolution: both paths are linear in the input, the graph given."""
+
+    def forward(self, x: Tensor, graph: Tensor) -> Tensor:
+        return torch.relu(self.a(x) + graph @ self.b(x))
+
+
+def test_noise_of_a_computed_size_is_no_branch() -> None:
+    assert only(plan(Sampled(), vectors()), "mean +").code == "RZ901"
+
+
+def test_a_product_with_a_given_matrix_is_linear() -> None:
+    x = vectors()
+    assert only(plan(Propagation(), x, torch.rand(*x.shape[:-1], x.shape[-2])), "self.a(x) +").code == "RZ903"
 
 
 @pytest.mark.parametrize(

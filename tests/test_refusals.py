@@ -100,7 +100,7 @@ _deit = zoo._timm("deit_tiny_distilled_patch16_224", img_size=32, depth=2)
 
 KINDS = [
     Kind("rotary", _hf("LlamaForCausalLM"), _ids, "apply_rotary_pos_emb", "q * cos", "RZ902",
-        "parts of the skip times constants, as in a rotation", 4),
+        "parts of the skip times given factors, as in a rotation", 4),
     Kind("relative position bias", _swin, _images,
         "WindowMultiHeadAttention.forward", "_relative_positional_encodings", "RZ907", "does not depend on the input",
         2 * (2 + 2 + 6 + 2)),

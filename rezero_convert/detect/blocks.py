@@ -28,6 +28,7 @@ _COPIES = frozenset({"clone", "contiguous", "to", "type_as", "float", "double", 
 _LINEAR_KINDS = frozenset({"linear", "norm", "pool", "pad", "layout", "dropout"})
 _STATISTICS = frozenset({"mean", "norm", "linalg_norm", "vector_norm", "linalg_vector_norm", "var", "std"})
 _ROUTING = frozenset({"topk", "index_add", "scatter_add", "index_put"})
+_TURNS = frozenset({"cat", "stack", "roll", "neg"})
 _REDUCTIONS = frozenset({"amax", "max", "mean"})  # over windows that a change of layout made: a pool, written out
 
 _HALF = "half of a reversible pair of adds: what recomputes its operands from the results does not know of gates"
@@ -100,8 +101,8 @@ def find(flow: Flow, gated: Callable[[Block], bool]) -> tuple[list[Block], list[
     refusals = [replace(one, code="RZ918", reason=_HALF) if one.sum.node in coupled else one for one in refusals]
     refusals += [Refusal(block.sum, "RZ918", _HALF) for block in blocks if block.sum.node in coupled]
     blocks = [block for block in blocks if block.sum.node not in coupled]
-    chosen, nested = _nesting(flow, blocks, gated)
-    return chosen, refusals, nested
+    chosen, nested, parts = _nesting(flow, blocks, gated)
+    return chosen, refusals + parts, nested
 
 
 def _classify_whole(flow: Flow, whole: Sum) -> Iterator[Block | Refusal]:
@@ -214,7 +215,7 @@ def _weakly_joined(flow: Flow, whole: Sum) -> Refusal | None:
     for term in others:
         if flow.reads(term.value, first.value) and not flow.reaches(term.value, first.value):
             skip, other = describe(flow, first.value), describe(flow, term.value)
-            reason = f"{other} depends on {skip} only through detach, masks, shapes or indices"
+            reason = f"{other} depends on {skip} only through detach, masks, shapes, indices or the size of noise"
             return Refusal(whole, "RZ914", reason)
     return None
 
@@ -311,7 +312,7 @@ def _judge(
         if _is_upsampled(flow, branch, path) and not _is_closed(flow, whole, skip, branch):
             return Refusal(whole, "RZ905", "merges resolutions: there is upsampling between the operands", 3)
         if not any(has_weight(flow, node) for node in inside):
-            what = f"{describe(flow, branch.term.value)}{_without_weight(flow, inside)}"
+            what = f"{describe(flow, branch.term.value)}{_without_weight(flow, branch.region)}"
             return Refusal(whole, "RZ902", f"no linear or convolution weight between the skip and {what}", 1)
         if flow.constant[skip] and _is_given(flow, skip):
             return Refusal(whole, "RZ907", f"adds {describe(flow, skip)}, which does not depend on the input", 2)
@@ -322,8 +323,9 @@ def _judge(
     return _projection(flow, whole, shortcut, skip, path, branches)
 
 
-def _without_weight(flow: Flow, nodes: tuple[int, ...]) -> str:
+def _without_weight(flow: Flow, region: tuple[int, ...]) -> str:
     """What kind of function a branch without weights is, as far as its operations tell."""
+    nodes = region[1:]
     kinds = {flow.facts[node].kind for node in nodes}
     if all(flow.name(node) in POINTWISE or flow.facts[node].kind in ("activation", "dropout") for node in nodes):
         return ": a pointwise function of the skip, as in an activation"
@@ -331,12 +333,9 @@ def _without_weight(flow: Flow, nodes: tuple[int, ...]) -> str:
         return ": the skip is only pooled"
     if _any_named(flow, nodes, _STATISTICS):
         return ": the skip is scaled by statistics of its own"
-    if (
-        "layout" in kinds
-        and _any_named(flow, nodes, frozenset({"mul"}))
-        and not any(_is_nonlinear(flow, n) for n in nodes)
-    ):
-        return ": parts of the skip times constants, as in a rotation"
+    turned = _any_named(flow, nodes, frozenset({"mul"})) and _any_named(flow, nodes, _TURNS)
+    if turned and not _is_nonlinear(flow, region):
+        return ": parts of the skip times given factors, as in a rotation"
     return ""
 
 
@@ -358,7 +357,7 @@ def _projection(
     """A skip through a projection, pool or slice."""
     operand = describe(flow, shortcut.value)
     for branch in branches:
-        if not any(_is_nonlinear(flow, node) for node in branch.region[1:]):
+        if not _is_nonlinear(flow, branch.region):
             return Refusal(
                 whole, "RZ903", f"parallel linear paths: {operand} and {describe(flow, branch.term.value)}", 2
             )
@@ -388,7 +387,7 @@ def _projection(
 def _is_one_convolution(flow: Flow, branch: Branch) -> bool:
     """Whether a branch is a convolution and at most norms, as in RepVGG."""
     weighted = [node for node in branch.region[1:] if has_weight(flow, node)]
-    linear = not any(_is_nonlinear(flow, node) for node in branch.region[1:])
+    linear = not _is_nonlinear(flow, branch.region)
     return linear and len(weighted) == 1 and flow.name(weighted[0]).lower().startswith("conv")
 
 
@@ -514,12 +513,18 @@ def _is_matrix(flow: Flow, node: int) -> bool:
     return shape is None or sum(size > 1 for size in shape) >= 2
 
 
-def _is_nonlinear(flow: Flow, node: int) -> bool:
+def _is_nonlinear(flow: Flow, region: tuple[int, ...]) -> bool:
+    """Whether the last node of a region is something else than a linear function of its first, the others given."""
+    within = frozenset(region)
+    return any(_is_curved(flow, node, within) for node in region[1:])
+
+
+def _is_curved(flow: Flow, node: int, within: frozenset[int]) -> bool:
     kind, name = flow.facts[node].kind, flow.name(node)
     if kind in ("activation", "attention", "recurrent") or name in _NONLINEAR_NAMES or flow.facts[node].fused:
         return True
     if name in _PRODUCTS:
-        return sum(not flow.constant[source] for source in flow.inputs[node]) > 1
+        return sum(source in within for source in flow.inputs[node]) > 1
     return flow.nodes[node].op == "call_module" and kind == "other"
 
 
@@ -615,7 +620,9 @@ def _is_coupled(flow: Flow, node: int, other: int) -> bool:
     return len(own) == len(rest) == 1 and not flow.reaches(rest[0], own[0], avoid=frozenset({other}))
 
 
-def _nesting(flow: Flow, blocks: list[Block], gated: Callable[[Block], bool]) -> tuple[list[Block], list[Nested]]:
+def _nesting(
+    flow: Flow, blocks: list[Block], gated: Callable[[Block], bool]
+) -> tuple[list[Block], list[Nested], list[Refusal]]:
     """Sort out blocks within blocks, outermost first.
 
     A block whose branch holds joins of its own stream is a long skip: a zero gate there would stop their gradient.
@@ -624,13 +631,24 @@ def _nesting(flow: Flow, blocks: list[Block], gated: Callable[[Block], bool]) ->
     at = {block.sum.node: block for block in blocks}
     chosen: list[Block] = []
     nested: list[Nested] = []
+    refusals: list[Refusal] = []
     buried: set[int] = set()
-    for node in sorted(at, reverse=True):
+    pending = sorted(at)
+    while pending:
+        node = pending.pop()
         block = at[node]
         if node in buried:
             continue
         inner = _inner(block, at)
-        if any(_on_stream(flow, other.skip, block.skip, at) for other in inner) and not gated(block):
+        long = any(_on_stream(flow, other.skip, block.skip, at) for other in inner) and not gated(block)
+        if long and block.sum.inner:  # `x = x + f(x)`, then `x + entry`: the last block and the long skip are one sum
+            del at[node]
+            parts = [result for half in halves(flow, block.sum) for result in _classify_whole(flow, half)]
+            refusals += [part for part in parts if isinstance(part, Refusal)]
+            at |= {part.sum.node: part for part in parts if isinstance(part, Block)}
+            pending = sorted({*pending, *(part.sum.node for part in parts if isinstance(part, Block))})
+            continue
+        if long:
             nested.append(Nested(block, "long-skip", next(iter(inner))))
             continue
         chosen.append(block)
@@ -638,7 +656,7 @@ def _nesting(flow: Flow, blocks: list[Block], gated: Callable[[Block], bool]) ->
             if other.sum.node not in buried and not gated(other):
                 buried.add(other.sum.node)
                 nested.append(Nested(other, "interior", block))
-    return chosen[::-1], nested[::-1]
+    return chosen[::-1], nested[::-1], refusals
 
 
 def _inner(block: Block, at: dict[int, Block]) -> list[Block]:

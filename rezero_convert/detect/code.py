@@ -8,6 +8,7 @@ import io
 import re
 import tokenize
 from collections.abc import Iterator
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 from .. import sources
@@ -353,20 +354,38 @@ def _is_store(node: ast.Attribute | ast.Name) -> bool:
 
 @sources.cached
 def zeroed(file: str) -> frozenset[str]:
-    """What initialisers in a file fill with zeros, as paths on some module: "norm.weight" for `m.norm.weight`."""
+    """What initialisers in a file fill with zeros, as paths on some module.
+
+    "norm.weight" for `m.norm.weight`, "gate.1.bias" for `m.gate[1].bias`, "gate.*.bias" for `m.gate[-1].bias`.
+    """
     found = set()
     for node in ast.walk(sources.tree(file)):
         if isinstance(node, ast.Call) and _initialises(node) and _fills_zero(node):
             target: ast.AST | None = node.args[0] if node.args else None
             if not isinstance(target, ast.Attribute):
                 target = node.func.value if isinstance(node.func, ast.Attribute) else None
-            names = []
-            while isinstance(target, ast.Attribute):
-                names.append(target.attr)
-                target = target.value
-            if isinstance(target, ast.Name):
-                found.add(".".join(name for name in reversed(names) if name != "data"))
+            names = _segments(target)
+            if names:
+                found.add(".".join(name for name in names if name != "data"))
     return frozenset(found)
+
+
+def _segments(target: ast.AST | None) -> list[str]:
+    """The path that an expression reads from a variable, without the variable; empty if it reads none."""
+    names: list[str] = []
+    while isinstance(target, (ast.Attribute, ast.Subscript)):
+        if isinstance(target, ast.Attribute):
+            names.append(target.attr)
+        else:
+            index = target.slice.value if isinstance(target.slice, ast.Constant) else None
+            names.append(str(index) if isinstance(index, int) else "*")
+        target = target.value
+    return names[::-1] if isinstance(target, ast.Name) else []
+
+
+def is_zeroed(file: str, path: str) -> bool:
+    """Whether an initialiser in a file fills what has this path on its module with zeros."""
+    return any(fnmatchcase(path, pattern) for pattern in zeroed(file))
 
 
 def _fills_zero(call: ast.Call) -> bool:

@@ -1,7 +1,7 @@
 """A trace as data flow: who depends on whose values, with norm and activation modules seen as one step.
 
 Nodes are numbered in execution order and every analysis works on these numbers. Dependence does not pass through
-shapes, integer and boolean tensors, masks, indices, `detach` or `zeros_like`.
+shapes, integer and boolean tensors, masks, indices, the size of noise, `detach` or `zeros_like`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ _DETACHED = frozenset(
     "new_full new_tensor eq ne lt le gt ge isnan isinf isfinite logical_not logical_and logical_or argmax argmin "
     "argsort bernoulli size shape numel nonzero stop_gradient".split()
 )
+_NOISE = frozenset("randn randn_like normal normal_".split())
 # Only the first operand's values reach the result; the others give shapes, indices or masks.
 _FIRST = frozenset(
     "view_as expand_as reshape_as type_as index_select gather take_along_dim masked_fill masked_select getitem "
@@ -189,6 +190,8 @@ def data_inputs(node: fx.Node) -> Iterable[fx.Node]:
         name = operation(node.target)
         if name in _DETACHED:
             return ()
+        if name == "mul" and any(map(_is_noise, sources)):
+            return ()
         if name in _FIRST:
             sources = sources[:1]
         elif name == "where" and len(node.args) > 1:
@@ -199,6 +202,10 @@ def data_inputs(node: fx.Node) -> Iterable[fx.Node]:
             mask = node.kwargs.get("attn_mask")
             sources = [source for source in sources if source is not mask and source not in node.args[3:]]
     return [source for source in sources if _has_values(source)]
+
+
+def _is_noise(node: fx.Node) -> bool:
+    return node.op in ("call_function", "call_method") and operation(node.target) in _NOISE
 
 
 def _has_values(node: fx.Node) -> bool:

@@ -191,10 +191,13 @@ def _value(flow: Flow, node: int) -> torch.Tensor | None:
 
 
 def _computing_layer(flow: Flow, node: int) -> int | None:
-    """The linear layer, zero in all parameters now, whose output `node` is a part of."""
+    """The linear layer, zero in all parameters now, or by the file's text, whose output `node` is a part of."""
     while True:
         if flow.facts[node].kind == "linear" and flow.nodes[node].op == "call_module":
-            module = flow.module(str(flow.nodes[node].target))
+            path, frames = str(flow.nodes[node].target), flow.origin(node).frames
+            if flow.trace.model is None:
+                return node if frames and _is_written_zero(frames[0].span.file, path, "linear") else None
+            module = flow.module(path)
             parameters = [] if module is None else list(module.parameters(recurse=False))
             return node if parameters and all(is_zero(value) for value in parameters) else None
         sources = flow.inputs[node]
@@ -225,9 +228,12 @@ def _written_repairs(flow: Flow, node: int) -> Iterator[Repair]:
     path = flow.steps[node].path if node in flow.steps else str(flow.nodes[node].target)
     if kind not in ("norm", "linear") or not frames or not path or flow.nodes[node].op == "get_attr":
         return
-    zeroed = code.zeroed(frames[0].span.file)
-    if f"{path}.weight" in zeroed and (kind == "norm" or f"{path}.bias" in zeroed):
+    if _is_written_zero(frames[0].span.file, path, kind):
         yield Repair(f"{path}.weight", "ones" if kind == "norm" else "reset", certain=False)
+
+
+def _is_written_zero(file: str, path: str, kind: str) -> bool:
+    return code.is_zeroed(file, f"{path}.weight") and (kind == "norm" or code.is_zeroed(file, f"{path}.bias"))
 
 
 def _layer_repairs(flow: Flow, path: str, kind: str) -> Iterator[Repair]:

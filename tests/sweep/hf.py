@@ -62,6 +62,10 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"]},  # defaults to None
     "GPTNeoConfig": {"attention_types": [[["global", "local"], 1]]},  # must add up to the layers
     "Gemma3nTextConfig": {"num_kv_shared_layers": 0},  # of 2 layers none can share
+    "AlignVisionConfig": {"image_size": 64},  # 600 takes gigabytes of activations
+    "VJEPA2Config": {"crop_size": 64, "frames_per_clip": 4},
+    "VideoPrismVisionConfig": {"image_size": 36, "num_frames": 4},  # patches of 18
+    "Blip2QFormerConfig": {"use_qformer_text_input": True},  # else it has no feed-forward
     "ReformerConfig": {"axial_pos_embds_dim": (32, 32), "is_decoder": True},  # must add up to hidden_size
 }
 """Fields of configurations, by class, that the rules get wrong, each with its reason."""
@@ -170,6 +174,13 @@ def _ids(model: Any) -> Tensor:
     return torch.randint(min(20, size // 2), min(size, 100), (2, 8))
 
 
+def _decoder_ids(model: Any) -> Tensor:
+    """Tokens, (batch, length), or (batch, length, codebooks) where the decoder reads several at once."""
+    decoder = getattr(model.config, "decoder_config", None)
+    books = getattr(decoder, "num_channels", None)
+    return _ids(model) if books is None else torch.randint(0, decoder.vocab_size, (2, 8, books))
+
+
 def _pixels(model: Any) -> Tensor:
     vision = _part(model, "vision_config")
     size = getattr(vision, "image_size", None) or 64
@@ -177,6 +188,16 @@ def _pixels(model: Any) -> Tensor:
     frames = getattr(vision, "num_frames", None)
     channels = int(getattr(vision, "num_channels", 3))
     return torch.randn(2, *([frames] if isinstance(frames, int) else []), channels, int(height), int(width))
+
+
+def _videos(model: Any) -> Tensor:
+    """Frames of a film: (batch, frames, channels, height, width)."""
+    vision = _part(model, "vision_config")
+    frames, size = (
+        next(int(n) for name in names if isinstance(n := getattr(vision, name, None), int))
+        for names in (("frames_per_clip", "num_frames"), ("crop_size", "image_size"))
+    )
+    return torch.randn(2, frames, int(getattr(vision, "num_channels", getattr(vision, "in_chans", 3))), size, size)
 
 
 def _features(model: Any) -> Tensor:
@@ -193,8 +214,9 @@ def _boxes(model: Any) -> Tensor:
 
 _MAKERS: dict[str, Callable[[Any], Any]] = {
     "input_ids": _ids,
-    "decoder_input_ids": _ids,
+    "decoder_input_ids": _decoder_ids,
     "pixel_values": _pixels,
+    "pixel_values_videos": _videos,
     "input_features": _features,
     "input_values": lambda model: torch.randn(2, 8000),
     "bbox": _boxes,

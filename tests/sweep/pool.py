@@ -16,6 +16,8 @@ from typing import Any
 from .record import Kind, Record
 
 _SPAWN = multiprocessing.get_context("spawn")
+_LARGE = 3 * 2**30
+"""Bytes; a process that holds more between two models, for its allocator gives little back, is replaced by a new one."""
 Task = tuple[str, str, Kind]
 
 
@@ -49,12 +51,22 @@ def run(
                 if record is None:
                     continue
                 busy.remove(worker)
-                if worker.process.is_alive():
+                if _resident(worker.process.pid) > _LARGE:
+                    worker.process.kill()
+                elif worker.process.is_alive():
                     idle.append((worker.process, worker.pipe))
                 yield record
     finally:
         for process in [worker.process for worker in busy] + [process for process, _ in idle]:
             process.kill()
+
+
+def _resident(pid: int) -> int:
+    """Bytes of memory that a process holds; 0 once it has ended."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
+    except FileNotFoundError:
+        return 0
 
 
 def _start(work: Callable[..., Record], memory_gb: float, log: Path) -> tuple[Any, Connection]:

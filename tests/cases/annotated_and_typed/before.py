@@ -1,0 +1,15 @@
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class Block(nn.Module):
+    fc: nn.Linear
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc: nn.Linear = nn.Linear(width, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = x + F.relu(self.fc(x))
+        return y

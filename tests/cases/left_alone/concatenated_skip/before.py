@@ -1,0 +1,13 @@
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x):
+        h = F.relu(self.linear(x))
+        return torch.cat((x, h + 1), dim=-1)

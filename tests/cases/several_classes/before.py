@@ -1,0 +1,24 @@
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class First(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x):
+        return x + F.relu(self.linear(x))
+
+
+class Second(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.first = First(width)
+        self.norm = nn.LayerNorm(width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x):
+        x = self.first(x)
+        return x + torch.tanh(self.out(self.norm(x)))
