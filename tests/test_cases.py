@@ -92,7 +92,8 @@ def test_the_readme_shows_what_the_tool_writes(name: str) -> None:
 
 
 def test_there_are_cases_of_every_kind() -> None:
-    assert len(CONVERTED) > 60 and len(REFUSED) > 55 and len(LEFT_ALONE) > 10
+    assert min(len(CONVERTED), len(REFUSED)) > 55
+    assert len(LEFT_ALONE) > 10
     assert len(SHOWN) == len(set(SHOWN)) > 15
 
 

@@ -17,7 +17,7 @@ from .record import Kind, Record
 
 _SPAWN = multiprocessing.get_context("spawn")
 _LARGE = 3 * 2**30
-"""Bytes; a process that holds more between two models, for its allocator gives little back, is replaced by a new one."""
+"""Bytes; a process that holds more between two models (its allocator gives little back) is replaced by a new one."""
 Task = tuple[str, str, Kind]
 
 
