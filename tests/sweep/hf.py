@@ -63,6 +63,10 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "GPTNeoConfig": {"attention_types": [[["global", "local"], 1]]},  # must add up to the layers
     "Gemma3nTextConfig": {"num_kv_shared_layers": 0},  # of 2 layers none can share
     "AlignVisionConfig": {"image_size": 64},  # 600 takes gigabytes of activations
+    "EfficientNetConfig": {"image_size": 64},
+    "MimiConfig": {"upsample_groups": 64},  # as many as channels
+    "FunAsrNanoAdaptorConfig": {"intermediate_size": 16},  # a quarter of the text model's width
+    "BltConfig": {"use_cache": False},  # its cache asks for the layers of a configuration that has none
     "VJEPA2Config": {"crop_size": 64, "frames_per_clip": 4},
     "VideoPrismVisionConfig": {"image_size": 36, "num_frames": 4},  # patches of 18
     "Blip2QFormerConfig": {"use_qformer_text_input": True},  # else it has no feed-forward
@@ -93,7 +97,7 @@ def attempts(name: str) -> Iterator[Attempt]:
     )  # fmt: skip
     for title, rules, depth in ladder:
         build = lambda r=rules, d=depth: cls._from_config(shrunk(cls.config_class, r, d))  # noqa: E731
-        yield Attempt(build, (_inferred, _required, _all), title)
+        yield Attempt(build, (_inferred, _required, _all, _stacked), title)
 
 
 def shrunk(cls: Any, rules: Rules, depth: int, start: Any = None) -> Any:
@@ -165,13 +169,19 @@ def _all(model: Any) -> dict[str, Any]:
     return {name: make(model) for name, make in _MAKERS.items() if name in parameters}
 
 
+def _stacked(model: Any) -> dict[str, Any]:
+    """With frames of audio in stacks of four."""
+    return _required(model) | {"input_features": torch.cat([_features(model)] * 4, dim=-1)}
+
+
 def _part(model: Any, *names: str) -> Any:
     return next((found for name in names if (found := getattr(model.config, name, None)) is not None), model.config)
 
 
 def _ids(model: Any) -> Tensor:
     size = getattr(model.config.get_text_config(), "vocab_size", None) or 100
-    return torch.randint(min(20, size // 2), min(size, 100), (2, 8))
+    books = getattr(model.config, "num_codebooks", None)  # of audio, beside the text
+    return torch.randint(min(20, size // 2), min(size, 100), (2, 8) if books is None else (2, 8, books + 1))
 
 
 def _decoder_ids(model: Any) -> Tensor:
@@ -183,6 +193,8 @@ def _decoder_ids(model: Any) -> Tensor:
 
 def _pixels(model: Any) -> Tensor:
     vision = _part(model, "vision_config")
+    if "spatial_shapes" in inspect.signature(model.forward).parameters:  # patches, not pictures
+        return torch.randn(2, 16, int(vision.num_channels) * int(vision.patch_size) ** 2)
     size = getattr(vision, "image_size", None) or 64
     height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
     frames = getattr(vision, "num_frames", None)
@@ -218,6 +230,8 @@ _MAKERS: dict[str, Callable[[Any], Any]] = {
     "pixel_values": _pixels,
     "pixel_values_videos": _videos,
     "input_features": _features,
+    "pixel_attention_mask": lambda model: torch.ones(2, 16, dtype=torch.long),
+    "spatial_shapes": lambda model: torch.tensor([[4, 4]] * 2),
     "input_values": lambda model: torch.randn(2, 8000),
     "bbox": _boxes,
 }
