@@ -168,7 +168,7 @@ def _pickled(converted: nn.Module, made: Made) -> Iterator[str]:
     """Pickles of converted models are models alike; where the original cannot be pickled nothing is asked."""
     try:
         pickle.dumps(made.model)
-    except (pickle.PicklingError, AttributeError, TypeError):  # what pickle raises for what it cannot pickle
+    except (pickle.PicklingError, AttributeError, TypeError, RuntimeError):  # RuntimeError: parametrized modules
         return
     other = pickle.loads(pickle.dumps(converted))
     if [type(module) for module in other.modules()] != [type(module) for module in converted.modules()]:
