@@ -596,10 +596,20 @@ def _reversible(flow: Flow, blocks: list[Block]) -> set[int]:
     for block in blocks:
         for branch in block.branches:
             inside = set(branch.region)
-            for node in branch.cuts[:-1]:
-                if _leaves(flow, node, inside) and _is_coupled(flow, node, block.skip):
-                    found |= {node, block.sum.node}
+            for cut in branch.cuts[:-1]:
+                coupled = [node for node in _arms(flow, cut) if _is_coupled(flow, node, block.skip)]
+                if coupled and _leaves(flow, cut, inside):
+                    found |= {*coupled, block.sum.node}
     return found
+
+
+def _arms(flow: Flow, node: int) -> Iterator[int]:
+    """What a conditional value may be, else the value itself."""
+    if flow.name(node) != "choice":
+        yield node
+        return
+    for source in flow.inputs[node]:
+        yield from _arms(flow, source)
 
 
 def _leaves(flow: Flow, node: int, inside: set[int]) -> bool:
