@@ -185,7 +185,7 @@ def _argument_edit(
     """
     name = _start_argument(home, scale, attribute)
     function = method_of(scale, "__init__")
-    if name is None or function is None or any(k.arg is None for k in call.keywords if name not in _given(call)):
+    if name is None or function is None:
         return None
     for keyword in call.keywords:
         if keyword.arg == name:
@@ -193,6 +193,8 @@ def _argument_edit(
     order = [a.arg for a in (*function.args.posonlyargs, *function.args.args)][1:]
     if name in order and order.index(name) < len(call.args):
         return Edit(*source.span(call.args[order.index(name)]), repr(init))
+    if None in _given(call):  # it may be among `**options`
+        return None
     end = source.span(call)[1] - 1
     comma = source.text[:end].rstrip()[-1]
     return Edit(

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import importlib.util
-import itertools
 import json
 import os
 import subprocess
@@ -348,11 +347,11 @@ def _tasks(options: argparse.Namespace) -> Iterator[pool.Task]:
     kinds = options.kind or ("text", "spans", "fresh")
     for zoo in options.zoo:
         chosen = {file: names for file, names in models(zoo, options.each).items() if _wanted(file, options.only)}
-        turns = [one for turn in itertools.zip_longest(*chosen.values()) for one in turn if one is not None]
-        if "text" in kinds:
-            yield from ((zoo, file, "text") for file in files(zoo) if _wanted(file, options.only))
-        if "spans" in kinds:
-            yield from ((zoo, name, "spans") for name in turns)
+        for file in dict.fromkeys([*(one for one in files(zoo) if _wanted(one, options.only)), *chosen]):
+            if "text" in kinds:
+                yield zoo, file, "text"
+            if "spans" in kinds:
+                yield from ((zoo, name, "spans") for name in chosen.get(file, ()))
         if "fresh" in kinds:
             yield from ((zoo, names[0], "fresh") for names in chosen.values())
 
