@@ -293,6 +293,8 @@ def _carried(flow: Flow, node: int, *, pooled: bool = False) -> Iterator[int]:
 
 def _leads_to(flow: Flow, node: int, target: int) -> bool:
     """Whether one arm of a choice is a shortcut's projection of the other, be it by a module of unknown class."""
+    if flow.name(node) == "choice":
+        return all(arm == target or _leads_to(flow, arm, target) for arm in flow.inputs[node])
     unknown = flow.nodes[node].op == "call_module" and flow.facts[node].kind == "other" and len(flow.inputs[node]) == 1
     found: int | None = flow.inputs[node][0] if unknown else node
     while found is not None and found > target:
