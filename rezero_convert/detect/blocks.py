@@ -594,8 +594,8 @@ def _is_carried_by(flow: Flow, node: int, user: int, start: int, wholes: frozens
     """Whether `user` passes on a stream: moves or scales it, adds to it what is computed from it (from `start` on), or
     joins it with other parts of the same whole, be it by writing it back, `x[i] = x[i] + f(x[i])`."""
     others = [source for source in flow.inputs[user] if source != node and not flow.constant[source]]
-    if flow.name(user) == "choice":
-        return True
+    if flow.name(user) == "choice":  # of the sum and what there is without it
+        return all(flow.reaches(start, other) for other in others)
     if flow.name(user) == "cat":
         return any(not wholes.isdisjoint(_carried(flow, other)) for other in others)
     if flow.name(user) == "setitem" and flow.nodes[user].args[-1] is flow.nodes[node]:
