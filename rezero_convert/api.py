@@ -164,7 +164,14 @@ def convert_source(
 def audit_source(
     text: str, *, file: str = "<source>", model: nn.Module | None = None, example_inputs: Any = None, **options: Any
 ) -> Report:
-    """What `convert_source` would do, and why not elsewhere."""
+    """What `convert_source` would do, and why not elsewhere.
+
+    Args:
+        text, file, model, example_inputs, options: as for `convert_source`.
+
+    Raises:
+        ConversionError: as `convert_source`.
+    """
     return Report(_source_plan(text, file, model, example_inputs, make_options(**options)), title=file)
 
 

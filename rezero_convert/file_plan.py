@@ -24,8 +24,12 @@ def written(text: str, file: str, options: Options) -> Plan:
         ConversionError: the text has a syntax error.
     """
     sources.register(file, text)
-    plans = [detect(trace, options) for trace in static.traces(file)]
+    traces = static.traces(file)
+    plans = [detect(trace, options) for trace in traces]
     sites = _by_place((site for plan in plans for site in plan.sites), file)
+    held = {call.cls for trace in traces for call in trace.calls if call.cls != trace.root.cls}
+    whole = [plan for plan, trace in zip(plans, traces, strict=True) if trace.root.cls not in held]
+    sites = _nested(sites, [site for plan in whole for site in plan.sites])
     notes = tuple(dict.fromkeys(note for plan in plans for note in plan.notes))
     done = {site.span: site for site in sites if site.verdict == "converted" and site.span is not None}
     kept = frozenset(call for plan in plans for call in _kept(plan, done))
@@ -183,6 +187,19 @@ def _by_place(sites: Iterable[Site], file: str) -> tuple[Site, ...]:
         if site.span is not None and site.span.file == file:
             best[site.span] = min(best.get(site.span, site), site, key=_distance)
     return tuple(best[span] for span in sorted(best))
+
+
+def _nested(sites: Iterable[Site], seen: Iterable[Site]) -> tuple[Site, ...]:
+    """The findings, less the blocks of classes that serve in other blocks' branches only.
+
+    Args:
+        sites: per add, from as near by as possible.
+        seen: from the classes that no other class of the file holds.
+    """
+    seen = tuple(seen)
+    done = {site.span for site in seen if site.verdict == "converted"}
+    inside = {site.span: site for site in seen if site.verdict == "interior" and site.span not in done}
+    return tuple(inside.get(site.span, site) for site in sites)
 
 
 def _distance(site: Site) -> tuple[bool, bool, bool]:

@@ -258,8 +258,16 @@ def _last_weight(flow: Flow, branch: Branch, owner: str) -> str | None:
         else:
             path = next((flow.parameter(source) for source in flow.inputs[node] if flow.parameter(source)), None)
         if path is not None and path.startswith(prefix):
-            return path
+            return _as_called(flow, node, path, owner) if "*" in path else path
     return None
+
+
+def _as_called(flow: Flow, node: int, path: str, owner: str) -> str:
+    """A path with elements of unknown number, up to the module that the owner calls: those in it share one alpha."""
+    call = flow.origin(node).call
+    while call.parent is not None and call.parent.path != owner:
+        call = call.parent
+    return call.path if call.parent is not None and "*" in path.removeprefix(f"{call.path}.") else path
 
 
 def _activation(flow: Flow, block: Block, site: Site, options: Options) -> Activation | None:

@@ -14,6 +14,7 @@ from .classes import (
     attribute_chain,
     bases_of,
     descendants,
+    is_folded,
     last_name,
     literal,
     method_of,
@@ -34,6 +35,16 @@ def alpha_edits(source: Source, jobs: Jobs, names: Names) -> list[Edit]:
         for cls in alpha_makers(source, source.classes[index]):
             edits += _alphas_of(source, cls, gates, names)
     return edits
+
+
+def unfold_edits(source: Source, jobs: Jobs) -> list[Edit]:
+    """One-line constructors that get alphas, over several lines: other edits of the same line are left room."""
+    makers = {cls: None for index, *_ in jobs.gates for cls in alpha_makers(source, source.classes[index])}
+    inits = [(cls, init) for cls in makers for name in _MAKING if (init := method_of(cls, name)) is not None]
+    return [unfolded(source, cls, init, []) for cls, init in inits if is_folded(source, init)]
+
+
+_MAKING = ("__init__", "__post_init__")
 
 
 def alpha_makers(source: Source, cls: ast.ClassDef) -> list[ast.ClassDef]:
@@ -84,10 +95,6 @@ def _alphas_of(source: Source, cls: ast.ClassDef, gates: list[tuple[Gate, bool]]
             new_method(
                 source, cls, ["def __init__(self, *args, **kwargs):"], "super().__init__(*args, **kwargs)", lines
             )
-        ]
-    if init.body[0].lineno == init.lineno or source.rows[init.body[0].lineno - 1].lstrip().startswith("def "):
-        return [
-            unfolded(source, cls, init, [f"{self_name(init)}.{g.alpha} = {_parameter(g, '', names)}" for g, _ in gates])
         ]
     edits = []
     for gate, bound in gates:
