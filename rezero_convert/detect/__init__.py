@@ -20,7 +20,7 @@ from ..listing import compact
 from ..plan import Gate, Norm, Options, Place, Plan, Site, Span
 from . import arms, code, loops, names, norms
 from .blocks import Block, Nested, Refusal, find, owner_call
-from .drafts import Draft, class_name, frame_of, is_gated, of_block, relative, request, site_of, unwanted
+from .drafts import Draft, class_name, is_gated, of_block, relative, request, site_of, unwanted
 from .flow import Flow, flow
 
 __all__ = ["detect"]
@@ -155,6 +155,8 @@ def _settle_norms(flow: Flow, drafts: list[Draft], others: list[arms.Arm]) -> li
 
 def _where(flow: Flow, node: int) -> str:
     frame = norms.frame_of(flow, node)
+    if (written := flow.origin(node).written) is not None:
+        return str(written)
     return str(frame.span) if frame is not None else "a place without source text"
 
 
@@ -413,8 +415,8 @@ def _hidden(flow: Flow, frames: tuple[Frame, ...]) -> Site:
 
 def _nested(flow: Flow, nested: Nested) -> Site:
     site = site_of(flow, nested.block.sum, nested.verdict, {"long-skip": "RZ130", "interior": "RZ131"}[nested.verdict])
-    other = frame_of(flow, nested.other.sum.node)
-    where = str(other.span) if other is not None else "another add"
+    other = site_of(flow, nested.other.sum, nested.verdict, "").shown
+    where = str(other) if other is not None else "another add"
     reason = (
         f"spans the block at {where}" if nested.verdict == "long-skip" else f"inside the branch of the block at {where}"
     )
