@@ -222,6 +222,8 @@ def _merged(flow: Flow, group: list[Draft], refused: bool) -> Draft:
         weights = [relative(weight, site.path) for draft in passes for weight in _weights(draft, number, gate)]
         recorded = flow.trace.model is not None
         single = len(weights) == 1 and "*" not in weights[0]
+        if gate.at is not None and gate.at.span in flow.trace.generated and len(set(weights)) == 1:
+            continue  # generated code has no loops
         if single and (not weights[0] or gate.at is None):
             continue
         if "" in weights:

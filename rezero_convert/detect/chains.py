@@ -32,7 +32,7 @@ _BENT = frozenset(
 )
 """Without one of them a pointwise row is no activation."""
 _SUMS = frozenset({"amax", "sum"})
-_POINTWISE = POINTWISE | _SUMS | frozenset("where le lt ge gt eq ne".split())
+_POINTWISE = POINTWISE | _SUMS | frozenset("where le lt ge gt eq ne logical_not any full_like".split())
 
 
 @dataclass(frozen=True, slots=True)
