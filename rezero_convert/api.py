@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
+from torch._guards import active_fake_mode
 
 from . import file_plan
 from .capture import capture
@@ -72,6 +73,11 @@ def convert(
             model is then as it was.
     """
     settings = make_options(**options)
+    if isinstance(model, fx.GraphModule) and active_fake_mode() is not None:
+        raise ConversionError(
+            "GraphModule: it is being compiled on fake tensors (AOTAutograd), where new gates would be fake and in no "
+            "backward graph: convert the model, or the graph that torch.compile gives its backend"
+        )
     plan = detect(capture(model, example_inputs), settings)
     result = model if inplace else copied(model)
     if not plan.converted:

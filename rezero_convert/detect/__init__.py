@@ -222,9 +222,7 @@ def _merged(flow: Flow, group: list[Draft], refused: bool) -> Draft:
         weights = [relative(weight, site.path) for draft in passes for weight in _weights(draft, number, gate)]
         recorded = flow.trace.model is not None
         single = len(weights) == 1 and "*" not in weights[0]
-        if gate.at is not None and gate.at.span in flow.trace.generated and len(set(weights)) == 1:
-            continue  # generated code has no loops
-        if single and (not weights[0] or gate.at is None):
+        if (single and (not weights[0] or gate.at is None)) or _is_generated(flow, gate, weights):
             continue
         if "" in weights:
             return _undecided(first, site, "the add runs several times, for branches that lie outside its module")
@@ -250,6 +248,11 @@ def _merged(flow: Flow, group: list[Draft], refused: bool) -> Draft:
     repairs = tuple(dict.fromkeys(repair for draft in group for repair in draft.site.repairs))
     merged = replace(site, gates=tuple(made), repairs=repairs)
     return replace(first, site=merged, members=members, requests=tuple(requests))
+
+
+def _is_generated(flow: Flow, gate: Gate, weights: list[str]) -> bool:
+    """Whether a gate for one branch is in generated code, which has no loops."""
+    return gate.at is not None and gate.at.span in flow.trace.generated and len(set(weights)) == 1
 
 
 def _distinct(draft: Draft) -> Draft:
