@@ -7,7 +7,8 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
+from torch._guards import active_fake_mode
 
 from . import file_plan
 from .capture import capture
@@ -42,9 +43,9 @@ def audit(model: nn.Module, example_inputs: Any = None, **options: Any) -> Repor
     settings = make_options(**options)
     done = modules.record(model)
     if done is not None and example_inputs is None:
-        return Report(done, title=type(model).__qualname__, alphas=_values(model), converted=True)
+        return Report(done, title=_title(model), alphas=_values(model), converted=True)
     plan = detect(capture(model, example_inputs), settings)
-    return Report(plan, title=type(model).__qualname__, alphas=_values(model), converted=done is not None)
+    return Report(plan, title=_title(model), alphas=_values(model), converted=done is not None)
 
 
 def convert(
@@ -72,6 +73,11 @@ def convert(
             model is then as it was.
     """
     settings = make_options(**options)
+    if isinstance(model, fx.GraphModule) and active_fake_mode() is not None:
+        raise ConversionError(
+            "GraphModule: it is being compiled on fake tensors (AOTAutograd), where new gates would be fake and in no "
+            "backward graph: convert the model, or the graph that torch.compile gives its backend"
+        )
     plan = detect(capture(model, example_inputs), settings)
     result = model if inplace else copied(model)
     if not plan.converted:
@@ -83,7 +89,7 @@ def convert(
         if verify:
             check = validate(result, example_inputs)
             if not check.ok:
-                raise ConversionError(f"{type(model).__qualname__}: the conversion does not hold: {check.failures[0]}")
+                raise ConversionError(f"{_title(model)}: the conversion does not hold: {check.failures[0]}")
         undo.pop_all()
     return result
 
@@ -194,6 +200,10 @@ def _nothing(plan: Plan) -> str:
 
 _BLOCKS_LEFT = frozenset({"RZ900", "RZ909", "RZ911", "RZ912", "RZ913", "RZ918"})
 """Refusals of what is a residual block."""
+
+
+def _title(model: nn.Module) -> str:
+    return "GraphModule" if isinstance(model, fx.GraphModule) else type(model).__qualname__
 
 
 def _values(model: nn.Module) -> dict[str, nn.Parameter]:

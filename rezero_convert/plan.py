@@ -31,7 +31,7 @@ class Span:
     end_col: int
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}:{self.col + 1}"
+        return f"{self.file}:{self.line}:{self.col + 1}" if self.col >= 0 else f"{self.file}:{self.line}"
 
     def contains(self, other: Span) -> bool:
         """Whether `other` lies within this range (equal ranges do)."""
@@ -149,7 +149,8 @@ class Norm:
     attribute: str = ""
     """The attribute path on the class at the call, `norm1` or `mlp.norm`; "" if it is not called as `self.<...>`."""
     bias: str = ""
-    """Path of the convolution or linear layer that gets the zero bias the norm had provided."""
+    """Path of the convolution or linear layer that gets the zero bias the norm had provided; in a graph that does not
+    tell the layers, of its weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +206,14 @@ class Site:
     """How often the add ran."""
     confidence: float = 1.0
     """1 when recorded; less for static findings."""
+    written: Span | None = None
+    """Of an add in the code of a graph: the line of the code that was traced, where the tracer has noted it; the
+    columns are -1."""
+
+    @property
+    def shown(self) -> Span | None:
+        """The place to tell a reader."""
+        return self.written or self.span
 
     @property
     def edited(self) -> bool:

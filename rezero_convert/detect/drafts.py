@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 
-from torch import nn
+from torch import fx, nn
 
 from ..capture.trace import Frame
 from ..plan import Activation, Gate, Operand, Options, Repair, Site, Span, Verdict
@@ -96,6 +96,7 @@ def site_of(flow: Flow, whole: Sum, verdict: Verdict, number: str) -> Site:
     owner = frames[-1].owner if frames else None
     call = owner_call(flow, whole.node)
     path = owner if owner is not None else call.path
+    written = flow.origin(whole.node).written
     return Site(
         verdict=verdict,
         code=number,
@@ -104,12 +105,15 @@ def site_of(flow: Flow, whole: Sum, verdict: Verdict, number: str) -> Site:
         cls=class_name(flow, path) or call.cls,
         place=frame.place if frame else None,
         span=frame.span if frame else None,
-        text=code.line(frame.span) if frame else "",
+        text=(written and code.line(written)) or (code.line(frame.span) if frame else ""),
+        written=written,
     )
 
 
 def class_name(flow: Flow, path: str) -> str:
     module = flow.module(path)
+    if isinstance(module, fx.GraphModule):
+        return "GraphModule"  # each has a class of its own
     plain = type(module) is nn.Module  # torch.fx keeps the children of a module, not its class
     return type(module).__qualname__ if module is not None and not plain else ""
 
@@ -256,7 +260,7 @@ def _last_weight(flow: Flow, branch: Branch, owner: str) -> str | None:
         if target.op == "call_module":
             path: str | None = str(target.target)
         else:
-            path = next((flow.parameter(source) for source in flow.inputs[node] if flow.parameter(source)), None)
+            path = next((path for source in flow.inputs[node] if (path := _turned(flow, source))), None)
         if path is not None and path.startswith(prefix):
             return _as_called(flow, node, path, owner) if "*" in path else path
     return None
@@ -268,6 +272,13 @@ def _as_called(flow: Flow, node: int, path: str, owner: str) -> str:
     while call.parent is not None and call.parent.path != owner:
         call = call.parent
     return call.path if call.parent is not None and "*" in path.removeprefix(f"{call.path}.") else path
+
+
+def _turned(flow: Flow, node: int) -> str | None:
+    """The path of the parameter that a node is, in whatever layout."""
+    while flow.facts[node].kind == "layout" and len(flow.inputs[node]) == 1:
+        node = flow.inputs[node][0]
+    return flow.parameter(node)
 
 
 def _activation(flow: Flow, block: Block, site: Site, options: Options) -> Activation | None:
@@ -284,7 +295,10 @@ def _activation(flow: Flow, block: Block, site: Site, options: Options) -> Activ
     if not frames or frames[-1].owner != site.path or parent is not owner_call(flow, node):
         return None
     at = Operand(frames[0].place, frames[0].span, 0, step is None and _is_receiver(flow, user, frames[0].span))
-    if code.operand(at) is None:
+    written_out = norms.in_graph(flow, user) if step is not None and frames[0].span in flow.trace.generated else None
+    if written_out is not None:
+        at = written_out
+    elif code.operand(at) is None:
         at = replace(at, index="input")
     kind = flow.facts[user].type
     if options.activation == "keep":
@@ -293,7 +307,7 @@ def _activation(flow: Flow, block: Block, site: Site, options: Options) -> Activ
         return Activation(kind, at, "keep", "the sum before it is read elsewhere too")
     if kind in _KEPT_ACTIVATIONS:
         return Activation(kind, at, "keep", f"{kind} of a sum is not an activation of the branch")
-    if frames[0].place != site.place or code.operand(at) is None:
+    if frames[0].place != site.place or (code.operand(at) is None and written_out is None):
         return Activation(kind, at, "keep", "its call cannot be moved to the add")
     if _works_in_place(flow, user) and any(_is_activated(flow, branch.term.value) for branch in block.branches):
         return Activation(kind, at, "keep", "it works in place, and the branch ends in an activation of its own")

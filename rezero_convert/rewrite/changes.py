@@ -27,7 +27,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True, slots=True)
 class Added:
-    """A new gate: a parameter, or a list of them."""
+    """A new gate, a parameter or a list of them; or a new bias beside its weight in a flat graph."""
 
     name: str
 
@@ -64,6 +64,19 @@ class Dropped:
     """Start values of parameters that no `reset_parameters` sets."""
     kept: tuple[str, ...] = ()
     """Children that stayed in its place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """A parameter or buffer that only a norm written out in a graph had read: it went with the norm."""
+
+    name: str
+    order: tuple[str, ...]
+    """The module's parameters or buffers before."""
+    blank: Tensor
+    """Without values (on the meta device) if a parameter."""
+    start: float
+    """What a parameter started from, as far as can be told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +123,7 @@ class Emptied:
     """The child with a gate of ones."""
 
 
-Entry = Added | Overwritten | Biased | Dropped | Held | Regraphed | Folded | Emptied
+Entry = Added | Overwritten | Biased | Dropped | Unread | Held | Regraphed | Folded | Emptied
 
 
 def note(undo: ExitStack, module: nn.Module, entry: Entry) -> None:
@@ -240,9 +253,14 @@ def constants(module: nn.Module) -> tuple[tuple[str, float], ...]:
     for path, part in module.named_modules():
         if not hasattr(part, "reset_parameters"):
             for name, parameter in part.named_parameters(path, recurse=False):
-                mean = 1.0 if parameter.is_meta else float(parameter.detach().float().mean())
-                found.append((name, 0.0 if abs(mean) < 0.5 else 1.0))
+                found.append((name, start(parameter)))
     return tuple(found)
+
+
+def start(parameter: Tensor) -> float:
+    """0 or 1, whichever is nearer to a parameter's mean; 1 where it has no values."""
+    mean = 1.0 if parameter.is_meta else float(parameter.detach().float().mean())
+    return 0.0 if abs(mean) < 0.5 else 1.0
 
 
 def regrown(entry: Dropped, holder: nn.Module, model: nn.Module) -> nn.Module:

@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch._ops import OpOverload
 
 from .. import sources
+from ..capture.facts import operation
 from ..capture.graphs import graph_modules, text_of
 from ..errors import ConversionError
 from ..plan import Gate, Norm, Operand, Place, Site
@@ -127,9 +128,7 @@ class _Editor:
         with self.graph.inserting_before(node):
             scaled = branch
             if moved is not None:
-                active = self.node(moved.at)
-                whole = self.value(moved.at)
-                scaled = self.graph.node_copy(active, lambda one: branch if one is whole else one)
+                scaled = self.applied(self.node(moved.at), self.value(moved.at), branch)
             if not gate.existing:
                 relative = self.below(site.path)
                 scaled = self.scaled(node, scaled, f"{relative}.{gate.alpha}" if relative else gate.alpha)
@@ -137,6 +136,19 @@ class _Editor:
             node.update_kwarg(at.index, scaled)
         else:
             node.update_arg(at.index, scaled)
+
+    def applied(self, active: fx.Node, whole: fx.Node, branch: Any) -> Any:
+        """Once more what an activation computes, in one node or several, of `branch` instead of `whole`."""
+        copies: dict[fx.Node, Any] = {whole: branch}
+
+        def copied(node: fx.Node) -> Any:
+            if node not in copies:
+                for source in node.all_input_nodes if node > whole else ():
+                    copied(source)
+                copies[node] = self.graph.node_copy(node, copies.__getitem__) if node > whole else node
+            return copies[node]
+
+        return copied(active)
 
     def scaled(self, node: fx.Node, branch: Any, alpha: str) -> fx.Node:
         """`alpha * branch`, in the branch's dtype; `node` is the sum."""
@@ -179,10 +191,11 @@ class _Editor:
 
     def bias(self, layer: str) -> None:
         """Have a written-out layer read the bias that its module gets; a module's own call does without."""
-        for weight in self.attributes.get(f"{layer}.weight", ()):
+        name = f"{layer}_bias" if layer in self.attributes else f"{layer}.bias"
+        for weight in self.attributes.get(layer, self.attributes.get(f"{layer}.weight", ())):
             for node in list(weight.users):
                 with self.graph.inserting_before(node):
-                    made = self.graph.get_attr(f"{layer}.bias")
+                    made = self.graph.get_attr(name)
                 made.meta.update({key: node.meta[key] for key in _PLACE if key in node.meta})
                 if len(node.args) > 2:
                     node.update_arg(2, made)
@@ -214,6 +227,9 @@ class _Editor:
         waiting = list(self.replaced)
         while waiting:
             node = waiting.pop()
+            for user in list(node.users) if not node._erased else ():
+                if not user.users and operation(user.target) in ("alias", "detach"):  # left behind by make_fx
+                    self.graph.erase_node(user)
             if node._erased or node.users or node.op in ("placeholder", "output"):
                 continue
             sources_of = node.all_input_nodes

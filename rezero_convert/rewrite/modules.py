@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from types import CodeType
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from ..capture import facts
 from ..capture.graphs import graph_modules
@@ -29,6 +29,7 @@ from .changes import (
     Held,
     Overwritten,
     Regraphed,
+    Unread,
     blank,
     constants,
     delete,
@@ -40,6 +41,7 @@ from .changes import (
     rebind,
     set_class,
     set_graph,
+    start,
 )
 from .graphs import remember
 from .instances import edits, module_at
@@ -76,6 +78,7 @@ def rewrite(model: nn.Module, plan: Plan) -> ExitStack:
         for instance, name, function in functions:
             _hold(undo, instance, name, function)
         rebind(undo, model, changed)
+        unread = [(module, _read(module.graph) - _read(graph)) for module, graph in graphs]
         for module, graph in graphs:
             note(undo, module, Regraphed(module.graph))
             set_graph(undo, module, graph)
@@ -84,6 +87,8 @@ def rewrite(model: nn.Module, plan: Plan) -> ExitStack:
         for owner, path, gate in _gates(model, plan):
             _place_gate(undo, model, owner, path, gate, plan.options.preserve)
         _drop_norms(undo, model, plan)
+        for module, names in unread:
+            _drop_unread(undo, module, names)
         for repair in dict.fromkeys(repair for site in plan.edited for repair in site.repairs):
             _repair(undo, model, repair)
         for _, graph in graphs:
@@ -214,10 +219,41 @@ def _drop_norms(undo: ExitStack, model: nn.Module, plan: Plan) -> None:
             dtype = next(itertools.chain(floats(holder), floats(model), [torch.empty(0)])).dtype
             note(undo, holder, Dropped(key, order, shell, dtype, starts, kept))
     for path in dict.fromkeys(n.bias for site in plan.edited for n in site.norms if n.bias and n.action != "keep"):
+        above, _, name = path.rpartition(".")
+        if (weight := module_at(model, above)._parameters.get(name)) is not None:
+            bias = torch.zeros(len(weight), dtype=weight.dtype, device=weight.device)
+            put(undo, module_at(model, above)._parameters, f"{name}_bias", nn.Parameter(bias, weight.requires_grad))
+            note(undo, module_at(model, above), Added(f"{name}_bias"))
+            continue
         layer = module_at(model, path)
         if layer._parameters.get("bias") is None:
             note(undo, layer, Biased("bias" in layer._parameters))
             put(undo, layer._parameters, "bias", _zero_bias(layer, path))
+
+
+def _read(graph: fx.Graph) -> set[str]:
+    """The parameters and buffers that a graph reads."""
+    return {str(node.target) for node in graph.find_nodes(op="get_attr")}
+
+
+def _drop_unread(undo: ExitStack, module: fx.GraphModule, names: set[str]) -> None:
+    """Take out the parameters and buffers of norms written out in a graph, where no other code can read them."""
+    for path in sorted(names):
+        holder_path, _, name = path.rpartition(".")
+        try:
+            holder = module.get_submodule(holder_path)
+        except AttributeError:  # it went with a norm's module
+            continue
+        if holder is not module and type(holder).forward is not nn.Module.forward:
+            continue
+        for mapping in (holder._parameters, holder._buffers):
+            tensor = mapping.get(name)
+            if tensor is not None:
+                kept: torch.Tensor = tensor
+                if isinstance(tensor, nn.Parameter):
+                    kept = nn.Parameter(torch.empty_like(tensor, device="meta"), tensor.requires_grad)
+                note(undo, holder, Unread(name, tuple(mapping), kept, start(tensor)))
+                delete(undo, mapping, name)
 
 
 def _unfused(norm: nn.Module, path: str) -> nn.Sequential:
