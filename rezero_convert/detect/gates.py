@@ -195,7 +195,8 @@ def _computing_layer(flow: Flow, node: int) -> int | None:
     while True:
         if flow.facts[node].kind == "linear" and flow.nodes[node].op == "call_module":
             module = flow.module(str(flow.nodes[node].target))
-            parameters = [] if module is None else list(module.parameters(recurse=False))
+            parameters: list[object] = [] if module is None else list(module.parameters(recurse=False))
+            parameters += [getattr(module, name) for name in getattr(module, "parametrizations", ())]
             return node if parameters and all(is_zero(value) for value in parameters) else None
         sources = flow.inputs[node]
         if len(sources) != 1 or flow.facts[node].kind != "layout":
