@@ -27,6 +27,7 @@ from transformers import (
 )
 
 import rezero_convert as rz
+from rezero_convert.validation import Check, Validation
 
 IDS = torch.arange(16).reshape(2, 8)
 
@@ -268,12 +269,15 @@ def test_what_is_not_a_converted_model_is_not_loaded_as_one(tmp_path: Path) -> N
         rz.from_pretrained(GPT2LMHeadModel, tmp_path / "ungated")
 
 
-def test_an_error_leaves_the_configuration_as_it_was() -> None:
+def test_an_error_leaves_the_configuration_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     model = gpt2()
-    model.transformer.h[0].alpha_attn = 1
-    with pytest.raises(rz.ConversionError):
-        rz.convert(model, inplace=True, include="none*", alpha_init="nonsense")
+    broken = Validation("", (), (Check("read", "eval", False),))
+    monkeypatch.setattr("rezero_convert.api.validate", lambda *_: broken)
+    with pytest.raises(rz.ConversionError, match="does not hold"):
+        rz.convert(model, inplace=True)
     assert not hasattr(model.config, "rezero_convert")
+    rz.convert(model, inplace=True, verify=False)
+    assert model.config.rezero_convert["conversions"] == [{}]
 
 
 @pytest.mark.parametrize("make", [gpt2, llama, bert, dino])
