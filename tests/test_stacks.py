@@ -267,6 +267,7 @@ def test_compile_makes_one_graph_for_all_lengths_and_gates() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of inductor's imports
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_compile_with_inductor() -> None:
     model = moved(converted())
