@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import SourceResult, audit, audit_source, convert, convert_source, unconvert
+    from .checkpoints import StateAccount, from_pretrained, load_original_state_dict, original_state_dict
     from .drawing import draw
     from .errors import ConversionError, NoEffectWarning
     from .folding import fold
@@ -28,6 +29,9 @@ __all__ = [
     "alphas",
     "param_groups",
     "fold",
+    "load_original_state_dict",
+    "original_state_dict",
+    "from_pretrained",
     "convert_source",
     "audit_source",
     "ReZeroPass",
@@ -35,6 +39,7 @@ __all__ = [
     "Plan",
     "Options",
     "Validation",
+    "StateAccount",
     "SourceResult",
     "ConversionError",
     "NoEffectWarning",
@@ -54,6 +59,10 @@ _HOMES = {
     "alphas": "rewrite.modules",
     "param_groups": "instruments.groups",
     "fold": "folding",
+    "load_original_state_dict": "checkpoints",
+    "original_state_dict": "checkpoints",
+    "from_pretrained": "checkpoints",
+    "StateAccount": "checkpoints",
     "Report": "report",
     "Plan": "plan",
     "Options": "plan",

@@ -22,6 +22,7 @@ from .report import Report
 from .rewrite import modules, restore
 from .rewrite.changes import rejoined
 from .rewrite.graphs import completed
+from .rewrite.marker import marker
 from .validation import validate
 
 
@@ -44,6 +45,7 @@ def audit(model: nn.Module, example_inputs: Any = None, **options: Any) -> Repor
     done = modules.record(model)
     if done is not None and example_inputs is None:
         return Report(done, title=_title(model), alphas=_values(model), converted=True)
+    _warn_of_marker(model)
     plan = detect(capture(model, example_inputs), settings)
     return Report(plan, title=_title(model), alphas=_values(model), converted=done is not None)
 
@@ -78,6 +80,7 @@ def convert(
             "GraphModule: it is being compiled on fake tensors (AOTAutograd), where new gates would be fake and in no "
             "backward graph: convert the model, or the graph that torch.compile gives its backend"
         )
+    _warn_of_marker(model)
     plan = detect(capture(model, example_inputs), settings)
     result = model if inplace else copied(model)
     if not plan.converted:
@@ -120,14 +123,14 @@ def unconvert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     return result
 
 
-def copied(model: nn.Module) -> nn.Module:
-    """A deep copy.
+def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy; `memo` says what is not to be copied.
 
     Raises:
         ConversionError: the model cannot be copied.
     """
     try:
-        return completed(rejoined(copy.deepcopy(model), model), model)
+        return completed(rejoined(copy.deepcopy(model, memo), model), model)
     except (RuntimeError, TypeError, NotImplementedError) as error:
         name = type(model).__qualname__
         raise ConversionError(f"{name} cannot be copied ({one_line(error)}); pass inplace=True") from error
@@ -185,6 +188,19 @@ def _source_plan(text: str, file: str, model: nn.Module | None, example_inputs: 
     if model is None:
         return file_plan.written(text, file, options)
     return file_plan.recorded(text, file, model, example_inputs, options)
+
+
+def _warn_of_marker(model: nn.Module) -> None:
+    found = marker(model)
+    if found is not None and not restore.is_converted(model):
+        name = type(model).__qualname__
+        warnings.warn(
+            f"the configuration of this {name} is that of a converted model (gates: {found.get('gates')}), and the "
+            f"model is not: weights that were loaded into it run ungated; rezero_convert.from_pretrained({name}, path) "
+            "loads both",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _nothing(plan: Plan) -> str:

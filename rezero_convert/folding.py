@@ -27,6 +27,7 @@ from .plan import Operand, Place, Site, Span
 from .rewrite import modules
 from .rewrite.changes import Added, Emptied, Folded, Overwritten, delete, note, overwrite, put, rebind, set_class
 from .rewrite.instances import edited_method, find
+from .rewrite.marker import mark_folded
 from .rewrite.recompile import bypassed, same
 from .rewrite.subclass import EditedMethod, Recipe, code_changes, converted_class, recipe_of
 from .validation.running import run_model
@@ -366,6 +367,7 @@ def _record(undo: ExitStack, model: nn.Module, folds: list[_Fold], stays: dict[s
     where = {(one.gate.at, one.gate.name): ", ".join(one.weights) for one in folds}
     sites = tuple(_folded(site, where, stays) for site in plan.sites)
     put(undo, model.__dict__, "rezero_plan", dataclasses.replace(plan, sites=sites))
+    mark_folded(undo, model, (one.gate.path for one in folds))
 
 
 def _folded(site: Site, where: dict[tuple[str, str], str], stays: dict[str, str]) -> Site:

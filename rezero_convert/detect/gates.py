@@ -198,7 +198,8 @@ def _computing_layer(flow: Flow, node: int) -> int | None:
             if flow.trace.model is None:
                 return node if frames and _is_written_zero(frames[0].span.file, path, "linear") else None
             module = flow.module(path)
-            parameters = [] if module is None else list(module.parameters(recurse=False))
+            parameters: list[object] = [] if module is None else list(module.parameters(recurse=False))
+            parameters += [getattr(module, name) for name in getattr(module, "parametrizations", ())]
             return node if parameters and all(is_zero(value) for value in parameters) else None
         sources = flow.inputs[node]
         if len(sources) != 1 or flow.facts[node].kind != "layout":

@@ -30,6 +30,7 @@ class Added:
     """A new gate, a parameter or a list of them; or a new bias beside its weight in a flat graph."""
 
     name: str
+    start: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,8 @@ class Overwritten:
     name: str
     why: str
     """"gate" or "repair"."""
+    start: float = 0.0
+    """What a gate was set to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +229,23 @@ def rejoined(made: nn.Module, model: nn.Module) -> nn.Module:
             if isinstance(value, FunctionType):
                 module.__dict__[name] = moved(value, twins)
     return made
+
+
+def starts(owner: nn.Module) -> dict[str, float]:
+    """The start values of a converted module's gates, by the parameters' names from it."""
+    found: dict[str, float] = {}
+    names: tuple[str, ...] = owner.__dict__.get("rezero_gates", ())
+    for entry in owner.__dict__.get("rezero_undo", ()):
+        if isinstance(entry, Added) or (isinstance(entry, Overwritten) and entry.why == "gate"):
+            found |= {name: entry.start for name in names if name == entry.name or name.startswith(f"{entry.name}.")}
+    return found
+
+
+def restart(owner: nn.Module) -> None:
+    """Set a converted module's gates to their start values."""
+    with torch.no_grad():
+        for name, value in starts(owner).items():
+            owner.get_parameter(name).fill_(value)
 
 
 def floats(module: nn.Module) -> Iterator[Tensor]:

@@ -45,6 +45,7 @@ from .changes import (
 )
 from .graphs import remember
 from .instances import edits, module_at
+from .marker import mark
 from .subclass import code_changes, rezero_gate
 
 __all__ = ["alphas", "record", "rewrite", "rezero_gate"]
@@ -95,6 +96,7 @@ def rewrite(model: nn.Module, plan: Plan) -> ExitStack:
             graph.lint()
         before = record(model)
         put(undo, model.__dict__, "rezero_plan", plan if before is None else _merged(before, plan))
+        mark(undo, model, plan.options, (name for name, _ in alphas(model)), again=before is not None)
         return undo.pop_all()
 
 
@@ -158,7 +160,7 @@ def _place_gate(undo: ExitStack, model: nn.Module, owner: nn.Module, path: str, 
             raise ConversionError(f"{path}: no parameter {gate.alpha!r} is there") from error
         if gate.init is not None:
             fill(undo, parameter, gate.init)
-            note(undo, owner, Overwritten(gate.alpha, "gate"))
+            note(undo, owner, Overwritten(gate.alpha, "gate", gate.init))
     else:
         if hasattr(owner, gate.alpha):
             raise ConversionError(f"{path}: the name {gate.alpha!r} of the new alpha is taken")
@@ -172,7 +174,7 @@ def _place_gate(undo: ExitStack, model: nn.Module, owner: nn.Module, path: str, 
         else:
             paths = [member.split(".") for member in gate.members]
             put(undo, owner._modules, gate.alpha, _nested(paths, made).train(owner.training))
-        note(undo, owner, Added(gate.alpha))
+        note(undo, owner, Added(gate.alpha, init))
     names: tuple[str, ...] = owner.__dict__.get("rezero_gates", ())
     new = tuple(name for name in gate.parameters() if name not in names)
     if new:

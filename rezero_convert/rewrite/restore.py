@@ -32,6 +32,7 @@ from .changes import (
     set_class,
     set_graph,
 )
+from .marker import unmark
 from .subclass import code_changes, recipe_of
 
 
@@ -70,6 +71,7 @@ def restore(model: nn.Module) -> tuple[str, ...]:
                 what = _undone(undo, model, module, entry, made)
                 if what is not None:
                     counts[what] = counts.get(what, 0) + 1
+            unmark(undo, module)
             for name in RECORDS:
                 if name in module.__dict__:
                     delete(undo, module.__dict__, name)
