@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .folding import fold
     from .graph_pass import ReZeroPass
     from .instruments.groups import param_groups
+    from .instruments.isometry import Isometry, isometry
     from .plan import Options, Plan
     from .report import Report
     from .rewrite.modules import alphas
@@ -27,6 +28,7 @@ __all__ = [
     "draw",
     "alphas",
     "param_groups",
+    "isometry",
     "fold",
     "convert_source",
     "audit_source",
@@ -35,6 +37,7 @@ __all__ = [
     "Plan",
     "Options",
     "Validation",
+    "Isometry",
     "SourceResult",
     "ConversionError",
     "NoEffectWarning",
@@ -53,6 +56,8 @@ _HOMES = {
     "Validation": "validation",
     "alphas": "rewrite.modules",
     "param_groups": "instruments.groups",
+    "isometry": "instruments.isometry",
+    "Isometry": "instruments.isometry",
     "fold": "folding",
     "Report": "report",
     "Plan": "plan",
