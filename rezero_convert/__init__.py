@@ -11,8 +11,10 @@ if TYPE_CHECKING:
     from .errors import ConversionError, NoEffectWarning
     from .folding import fold
     from .graph_pass import ReZeroPass
+    from .instruments.callbacks import tensorboard
     from .instruments.groups import param_groups
     from .instruments.isometry import Isometry, isometry
+    from .instruments.tracker import AlphaTracker, Reading
     from .plan import Options, Plan
     from .report import Report
     from .rewrite.modules import alphas
@@ -29,6 +31,8 @@ __all__ = [
     "alphas",
     "param_groups",
     "isometry",
+    "AlphaTracker",
+    "tensorboard",
     "fold",
     "convert_source",
     "audit_source",
@@ -38,6 +42,7 @@ __all__ = [
     "Options",
     "Validation",
     "Isometry",
+    "Reading",
     "SourceResult",
     "ConversionError",
     "NoEffectWarning",
@@ -58,6 +63,9 @@ _HOMES = {
     "param_groups": "instruments.groups",
     "isometry": "instruments.isometry",
     "Isometry": "instruments.isometry",
+    "AlphaTracker": "instruments.tracker",
+    "Reading": "instruments.tracker",
+    "tensorboard": "instruments.callbacks",
     "fold": "folding",
     "Report": "report",
     "Plan": "plan",
