@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .graph_pass import ReZeroPass
     from .instruments.callbacks import tensorboard
     from .instruments.groups import param_groups
+    from .instruments.growing import grow
     from .instruments.isometry import Isometry, isometry
     from .instruments.tracker import AlphaTracker, Reading
     from .plan import Options, Plan
@@ -33,6 +34,7 @@ __all__ = [
     "isometry",
     "AlphaTracker",
     "tensorboard",
+    "grow",
     "fold",
     "convert_source",
     "audit_source",
@@ -66,6 +68,7 @@ _HOMES = {
     "AlphaTracker": "instruments.tracker",
     "Reading": "instruments.tracker",
     "tensorboard": "instruments.callbacks",
+    "grow": "instruments.growing",
     "fold": "folding",
     "Report": "report",
     "Plan": "plan",
