@@ -257,7 +257,7 @@ def test_caches_of_transformers_keep_working(name: str, path: str, where: Any) -
 
 
 def test_timm_grows_without_inputs() -> None:
-    case = BY_NAME["timm vit_tiny"]
-    model = trained(case.make(), case.inputs()).eval()
+    timm = pytest.importorskip("timm")
+    model = trained(timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2), torch.randn(2, 3, 32, 32)).eval()
     deeper = rz.grow(model, "blocks", 2)
-    assert len(list(rz.alphas(deeper))) == 48
+    assert len(list(rz.alphas(deeper))) == 2 * 4

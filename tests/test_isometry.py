@@ -86,7 +86,7 @@ def test_linear_blocks_have_the_product_of_their_matrices() -> None:
         ("fc stack", "lanczos"),
         ("transformers gpt2", "lanczos"),
         ("transformers llama", "lanczos"),
-        ("timm vit_tiny", "lanczos"),
+        pytest.param("timm vit_tiny", "lanczos", marks=pytest.mark.slow),
     ],
 )
 def test_alpha_zero_gives_exactly_one(name: str, method: Any) -> None:
