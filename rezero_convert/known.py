@@ -41,3 +41,7 @@ PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
 
 LAYER_INDEX = "layer_idx"
 """Where a transformers layer keeps its position, by which it finds its cache."""
+
+RESETS = ("reset_parameters", "_reset_parameters")
+"""What torch.nn calls the method that initializes a module's own parameters anew; `nn.MultiheadAttention` has the
+second."""

@@ -256,6 +256,21 @@ def test_caches_of_transformers_keep_working(name: str, path: str, where: Any) -
     torch.testing.assert_close(rest.logits, whole[:, 5:], rtol=1e-4, atol=1e-4)
 
 
+def test_encoders_grow_afresh_and_a_configuration_of_two_depths_is_refused() -> None:
+    transformers = pytest.importorskip("transformers")
+    case = BY_NAME["transformer post-norm"]
+    inputs = case.inputs()
+    model = trained(case.make(), inputs).eval()
+    deeper = rz.grow(model, "decoder.layers", 2, inputs, weights="fresh")
+    assert torch.equal(deeper(*inputs), model(*inputs))
+    assert len(list(rz.alphas(deeper))) == case.blocks + 2 * 3
+    options = {"num_layers": 2, "d_model": 16, "num_heads": 2, "d_ff": 32, "d_kv": 8, "vocab_size": 99}
+    t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(decoder_start_token_id=0, **options))
+    tokens = {"input_ids": torch.tensor([[3, 4, 5]]), "decoder_input_ids": torch.tensor([[6, 7]])}
+    with pytest.raises(rz.ConversionError, match="two depths"):
+        rz.grow(rz.convert(t5, tokens), "encoder.block", 2, tokens)
+
+
 def test_timm_grows_without_inputs() -> None:
     timm = pytest.importorskip("timm")
     model = trained(timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2), torch.randn(2, 3, 32, 32)).eval()

@@ -139,6 +139,14 @@ def test_directions_that_are_lost_count_as_zeros() -> None:
     assert result.zero + sum(bar.share for bar in result.histogram) == pytest.approx(1.0)
 
 
+def test_a_kept_post_norm_forgets_mean_and_length() -> None:
+    x = torch.randn(1, 3, 16)
+    model = rz.convert(nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32), 2), x, drop_norm="none")
+    result = rz.isometry(model, x)
+    assert result.zero == pytest.approx(3 * 2 / 48)
+    assert result.singular_values[-6] < result.floor < 0.1 < result.singular_values[-7]
+
+
 def test_the_post_norm_of_the_last_block_belongs_to_the_stream() -> None:
     model, x = toy("post", 2, seed=0), torch.randn(1, 4, 16)
     before = rz.isometry(model, x).mean_squared
@@ -206,7 +214,8 @@ def test_the_result_is_data_and_prints() -> None:
 
 def spectra(kind: Any, depth: int, seeds: int) -> tuple[float, float]:
     """Mean squared singular value, and log10 of the median one, averaged over seeds."""
-    results = [rz.isometry(toy(kind, depth, seed), torch.randn(1, 4, 16)) for seed in range(seeds)]
+    x = torch.randn(1, 4, 16, dtype=torch.float64)
+    results = [rz.isometry(toy(kind, depth, seed).double(), x) for seed in range(seeds)]
     medians = [math.log10(max(one.median, 1e-30)) for one in results]
     return mean(one.mean_squared for one in results), mean(medians)
 

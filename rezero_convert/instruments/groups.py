@@ -26,8 +26,8 @@ def param_groups(
     optimizer that moves a parameter by at most its rate a step (Adam, AdamW, RMSprop) needs about 1/rate steps to open
     a gate: there 10 to 30 times `lr` is a good `alpha_lr`. torch's Adafactor moves it by at most a thousandth of its
     rate while it is near zero (it scales steps by the parameter's size, at least 1e-3) and wants 30 times or more. SGD
-    gains little above `lr`, and diverges at 100 times. Adagrad did best with `lr` or less on nets of 32 layers, and with
-    10 to 30 times on one of 16: `lr` is the safe choice. `examples/alpha_rates.py` prints the figures for that net.
+    gains little above `lr`, and diverges at 100 times. Adagrad did best with `lr` or less on nets of 32 layers, with 10
+    to 30 times on one of 16: `lr` is the safe choice. `examples/alpha_rates.py` prints the figures for the latter.
 
     `torch.optim.Muon` refuses what is not a matrix: its gates need an optimizer of their own.
 

@@ -16,7 +16,7 @@ from ..capture.inputs import resolve_inputs
 from ..capture.recorded import one_line
 from ..codes import BLOCKS_LEFT
 from ..errors import ConversionError
-from ..known import DEPTH, LAYER_INDEX, PER_LAYER
+from ..known import DEPTH, LAYER_INDEX, PER_LAYER, RESETS
 from ..plan import Plan, Site
 from ..rewrite.changes import put, rejoined, replace
 from ..rewrite.modules import record
@@ -222,8 +222,9 @@ def _refresh(model: nn.Module, block: nn.Module, source: nn.Module, path: str) -
     for tensor in block.parameters():
         tensor.__dict__.pop("_is_hf_initialized", None)
     for module in block.modules():
-        if callable(reset := getattr(module, "reset_parameters", None)):
-            reset()
+        for reset in (getattr(module, name, None) for name in RESETS):
+            if callable(reset):
+                reset()
         if callable(initialize):
             with torch.no_grad():
                 initialize(module)

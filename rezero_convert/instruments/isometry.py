@@ -19,8 +19,6 @@ from ..plan import as_dict
 from .spectrum import Sample, exact, lanczos
 from .stream import BlockFlow, run_stream
 
-_FLOOR = -12.0
-"""log10 of the singular values below which they count as zero."""
 _EXACT = 1024
 """Elements of the stream, up to which all singular values are computed."""
 
@@ -55,8 +53,11 @@ class Isometry:
     """The largest singular value, at least."""
     median: float
     """Of the singular values; with "lanczos" an estimate."""
+    floor: float
+    """What singular values have to reach to be told from zero: the largest one times the precision of the model's
+    numbers (1.2e-7 in single; a model in double shows more)."""
     zero: float
-    """Share of directions whose singular value is below 1e-12: the stream forgets them."""
+    """Share of directions whose singular value is below `floor`: the stream forgets them."""
     histogram: tuple[Bin, ...]
     """Of log10 of the other singular values; with `zero`, the shares sum to 1."""
     blocks: tuple[BlockFlow, ...]
@@ -141,7 +142,9 @@ def isometry(
     if not all(bool(sample.values.isfinite().all()) for sample in samples):
         raise ConversionError("the Jacobian is not finite")
     mean, error = _mean([one.mean_squared for one in samples])
-    zero, bins = _histogram(samples, bin_width)
+    largest = max(float(one.values.max()) for one in samples)
+    floor = largest * torch.finfo(run.end.dtype).eps
+    zero, bins = _histogram(samples, bin_width, floor)
     others = f"{run.of - 1} other residual streams: stream=0 .. {run.of - 1} chooses" if run.of > 1 else ""
     return Isometry(
         type(model).__qualname__,
@@ -150,8 +153,9 @@ def isometry(
         tuple(run.begin.shape),
         mean,
         error,
-        max(float(one.values.max()) for one in samples),
+        largest,
         _median(samples),
+        floor,
         zero,
         bins,
         run.blocks,
@@ -169,11 +173,10 @@ def _mean(values: Sequence[float]) -> tuple[float, float]:
     return mean, math.sqrt(variance / len(values))
 
 
-def _histogram(samples: Sequence[Sample], width: float) -> tuple[float, tuple[Bin, ...]]:
+def _histogram(samples: Sequence[Sample], width: float, floor: float) -> tuple[float, tuple[Bin, ...]]:
     """The share of zeros, and the bars, with 0 (singular value 1) in the middle of one."""
-    logs = [one.values.clamp(min=10**_FLOOR / 10).log10() for one in samples]
-    places = [torch.floor(log / width + 0.5).long() for log in logs]
-    alive = [log >= _FLOOR for log in logs]
+    alive = [(one.values >= floor) & (one.values > 0) for one in samples]
+    places = [torch.floor(one.values.clamp(min=1e-300).log10() / width + 0.5).long() for one in samples]
     zero, _ = _mean([one.share(~ok) for one, ok in zip(samples, alive, strict=True)])
     taken = torch.cat([place[ok] for place, ok in zip(places, alive, strict=True)])
     if not len(taken):
@@ -200,7 +203,7 @@ def _bars(result: Isometry) -> Table:
     most = max([result.zero, *(one.share for one in result.histogram)])
     rows = [(f"{one.low:.2f} .. {one.high:.2f}", one.share, one.error) for one in result.histogram]
     if result.zero:
-        rows.insert(0, (f"below {_FLOOR:g}", result.zero, 0.0))
+        rows.insert(0, (f"below {math.log10(result.floor):.2f}" if result.floor else "zero", result.zero, 0.0))
     for name, share, error in rows:
         said = f"{share:.1%}" + (f" +- {error:.1%}" if result.method != "exact" else "")
         table.add_row(name, said, "#" * round(40 * share / most))
