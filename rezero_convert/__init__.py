@@ -12,7 +12,11 @@ if TYPE_CHECKING:
     from .errors import ConversionError, NoEffectWarning
     from .folding import fold
     from .graph_pass import ReZeroPass
+    from .instruments.callbacks import tensorboard
     from .instruments.groups import param_groups
+    from .instruments.growing import grow
+    from .instruments.isometry import Isometry, isometry
+    from .instruments.tracker import AlphaTracker, Reading
     from .plan import Options, Plan
     from .report import Report
     from .rewrite.modules import alphas
@@ -28,6 +32,10 @@ __all__ = [
     "draw",
     "alphas",
     "param_groups",
+    "isometry",
+    "AlphaTracker",
+    "tensorboard",
+    "grow",
     "fold",
     "load_original_state_dict",
     "original_state_dict",
@@ -40,6 +48,8 @@ __all__ = [
     "Options",
     "Validation",
     "StateAccount",
+    "Isometry",
+    "Reading",
     "SourceResult",
     "ConversionError",
     "NoEffectWarning",
@@ -58,6 +68,12 @@ _HOMES = {
     "Validation": "validation",
     "alphas": "rewrite.modules",
     "param_groups": "instruments.groups",
+    "isometry": "instruments.isometry",
+    "Isometry": "instruments.isometry",
+    "AlphaTracker": "instruments.tracker",
+    "Reading": "instruments.tracker",
+    "tensorboard": "instruments.callbacks",
+    "grow": "instruments.growing",
     "fold": "folding",
     "load_original_state_dict": "checkpoints",
     "original_state_dict": "checkpoints",

@@ -13,6 +13,7 @@ from torch._guards import active_fake_mode
 from . import file_plan
 from .capture import capture
 from .capture.recorded import one_line
+from .codes import BLOCKS_LEFT
 from .detect import detect
 from .errors import ConversionError, NoEffectWarning
 from .listing import number
@@ -207,15 +208,11 @@ def _nothing(plan: Plan) -> str:
     gated = len(plan.of("gated"))
     if gated:
         return f"nothing was rewritten: {gated} residual blocks are gated already"
-    left = [site for site in plan.of("refused") if site.code in _BLOCKS_LEFT]
+    left = [site for site in plan.of("refused") if site.code in BLOCKS_LEFT]
     if left:
         others = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
         return f"nothing was rewritten: {left[0].path or 'the model'}: {left[0].reason}{others}"
     return f"nothing was rewritten: no residual block among {number(len(plan.sites), 'add')} (audit() says why)"
-
-
-_BLOCKS_LEFT = frozenset({"RZ900", "RZ909", "RZ911", "RZ912", "RZ913", "RZ918"})
-"""Refusals of what is a residual block."""
 
 
 def _title(model: nn.Module) -> str:

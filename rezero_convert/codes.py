@@ -33,3 +33,6 @@ CODES: dict[str, str] = {
     "RZ917": "shares its text with an instance that cannot be gated",
     "RZ918": "half of a reversible pair of adds",
 }
+
+BLOCKS_LEFT = frozenset({"RZ900", "RZ909", "RZ911", "RZ912", "RZ913", "RZ918"})
+"""Refusals of what is a residual block."""

@@ -160,7 +160,7 @@ def _block(
         where=str(where) if where is not None else "(no source)",
         alphas=tuple(name for _, _, name in own),
         sum=block.sum.node,
-        output=_output(flow, block.sum.node, site),
+        output=output_of(flow, block.sum.node, site),
         shortcut=block.shortcut.value,
         branches=branches,
         inside=frozenset(node for branch in block.branches for node in branch.region[1:]),
@@ -198,7 +198,7 @@ def _parameters_at(flow: Flow, node: int) -> Iterator[str]:
         yield from (path for source in flow.inputs[node] if (path := flow.parameter(source)) is not None)
 
 
-def _output(flow: Flow, node: int, site: Site | None) -> int:
+def output_of(flow: Flow, node: int, site: Site | None) -> int:
     """The block's output: the sum, or the activation that its module applies to it, or its post-norm."""
     call = detected.owner_call(flow, node)
     post = {norm.path for norm in site.norms if norm.position == "post"} if site is not None else set()
