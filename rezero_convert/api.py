@@ -185,7 +185,7 @@ def _nothing(plan: Plan) -> str:
     return f"nothing was rewritten: no residual block among {number(len(plan.sites), 'add')} (audit() says why)"
 
 
-_BLOCKS_LEFT = frozenset({"RZ900", "RZ909", "RZ911", "RZ912", "RZ913", "RZ918"})
+_BLOCKS_LEFT = frozenset({"RZ900", "RZ909", "RZ911", "RZ912", "RZ913", "RZ918", "RZ919"})
 """Refusals of what is a residual block."""
 
 

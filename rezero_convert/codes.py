@@ -32,4 +32,5 @@ CODES: dict[str, str] = {
     "RZ916": "a merge inside a larger structure: the sum is not what the module returns",
     "RZ917": "shares its text with an instance that cannot be gated",
     "RZ918": "half of a reversible pair of adds",
+    "RZ919": "a block that the method's form cannot be written for",
 }

@@ -17,6 +17,7 @@ from ..capture.static import adds, exclusive, traces
 from ..capture.trace import Frame, Trace, origin
 from ..errors import ConversionError
 from ..listing import compact
+from ..methods import applied
 from ..plan import Gate, Norm, Options, Place, Plan, Site, Span
 from . import arms, code, loops, names, norms
 from .blocks import Block, Nested, Refusal, find, owner_call
@@ -41,7 +42,7 @@ def detect(trace: Trace, options: Options | None = None) -> Plan:
     drafts = _post_norms(facts, drafts, options)
     others = _unexecuted(facts, drafts, options)
     drafts = _settle_norms(facts, _merge(facts, drafts, refusals), others)
-    sites = _named(facts, drafts, others, options)
+    sites = applied(_named(facts, drafts, others, options), options)
     sites += [_refused(facts, refusal) for refusal in refusals]
     sites += [_nested(facts, one) for one in nested if one.block not in gated_long]
     sites += [_hidden(facts, frames) for frames in trace.hidden]
@@ -281,7 +282,7 @@ def _undecided(draft: Draft, site: Site, reason: str) -> Draft:
 
 
 def _bare(site: Site) -> Site:
-    return replace(site, gates=(), norms=(), activation=None, repairs=(), skip="", skip_kind="")
+    return replace(site, gates=(), norms=(), activation=None, repairs=(), skip="", skip_kind="", skip_gate=None)
 
 
 def _named(flow: Flow, drafts: list[Draft], others: list[arms.Arm], options: Options) -> list[Site]:

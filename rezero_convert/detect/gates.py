@@ -18,7 +18,7 @@ from .flow import Flow
 from .patterns import POINTWISE
 from .sums import weight
 
-_ZERO_AT_ZERO = frozenset({"tanh", "sin", "neg"})
+_ZERO_AT_ZERO = frozenset({"tanh", "sin", "neg", "relu"})
 _GATE_STEPS = frozenset({"mul", "div"})
 
 

@@ -160,7 +160,8 @@ def _place_gate(undo: ExitStack, model: nn.Module, owner: nn.Module, path: str, 
         like = next(itertools.chain(floats(owner), floats(model), [torch.empty(0)]))
         init = 1.0 if preserve or gate.init is None else gate.init
         made = [
-            nn.Parameter(torch.full(gate.shape, init, dtype=like.dtype, device=like.device)) for _ in gate.parameters()
+            nn.Parameter(torch.full(gate.shape, init, dtype=like.dtype, device=like.device), gate.trainable)
+            for _ in gate.parameters()
         ]
         if not gate.loops:
             put(undo, owner._parameters, gate.alpha, made[0])
