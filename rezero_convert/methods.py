@@ -34,6 +34,8 @@ class Method:
     """c by (k, L); None is 1."""
     skip: Literal["one", "complement"] | Callable[[int, int], float] = "one"
     """s: 1, 1 - a, or by (k, L)."""
+    biases: bool = False
+    """Scalar biases before the layers of the branch, whose weights are scaled down, the last one's to 0 (FixUp)."""
     norm_gate: bool = False
     """No new gate: the weight of the branch's last norm is the gate."""
     drop_norm: tuple[NormKind, ...] = ()
@@ -42,17 +44,17 @@ class Method:
     @property
     def plain(self) -> bool:
         """Whether the form is `S(x) + a * F(x)` with a trainable a: a gate that is there can serve."""
-        return self.trainable and not self.map and self.factor is None and self.skip == "one"
+        return not (self.map or self.factor or self.norm_gate or self.biases) and self.trainable and self.skip == "one"
 
     @property
     def preserves(self) -> bool:
         """Whether a block computes what it did before at a gate of 1."""
-        return self.factor is None and self.skip == "one" and not self.norm_gate
+        return self.factor is None and self.skip == "one" and not (self.norm_gate or self.biases)
 
     @property
     def by_site(self) -> bool:
         """Whether factors depend on the place of a block in the network."""
-        return callable(self.skip) or self.factor is not None
+        return callable(self.skip) or self.factor is not None or self.biases
 
 
 def by_depth(options: Options) -> bool:
@@ -104,7 +106,16 @@ def _formed(site: Site, method: Method, options: Options, k: int, total: int) ->
         )
     elif skip is not None and callable(method.skip):
         skip = replace(skip, scale=Scale(factor=method.skip(k, total)))
-    return replace(site, gates=gates, skip_gate=skip)
+    if not method.biases:
+        return replace(site, gates=gates, skip_gate=skip)
+    stem = gates[0].alpha.replace("alpha", "bias", 1)
+    shifts = tuple(replace(shift, alpha=f"{stem}_{number}") for number, shift in enumerate(site.shifts, 1))
+    scaled = [repair for repair in site.repairs if repair.how == "scaled"]
+    layers = len({repair.parameter for repair in scaled}) + 1
+    down = total ** (-1 / (2 * layers - 2)) if layers > 1 else 1.0
+    repairs = tuple(replace(one, factor=down) if one.how == "scaled" else one for one in site.repairs)
+    norms = tuple(replace(norm, bias="") for norm in site.norms)
+    return replace(site, gates=gates, shifts=shifts, repairs=repairs, norms=norms)
 
 
 def _gate(gate: Gate, method: Method, options: Options, k: int, total: int) -> Gate:
@@ -147,6 +158,19 @@ METHODS: dict[str, Method] = {
         activation="branch",
     ),
     "skipinit": Method("x + a*F(x)", "De & Smith 2020; norms go, an activation of the sum stays", drop_norm=NORM_KINDS),
+    "fixup": Method(
+        "x + a*F(x), a = 1, biases of one number before the layers of F, the last of which is 0",
+        "Zhang et al. 2019 (FixUp); the other m - 1 layers are scaled by L^(-1/(2m-2)), the classifier is 0",
+        init=1.0,
+        biases=True,
+        drop_norm=NORM_KINDS,
+    ),
+    "zero-gamma": Method(
+        "x + N(F(x)), the weight of N = 0",
+        "Goyal et al. 2017; torchvision's zero_init_residual, timm's zero_init_last",
+        granularity="channel",
+        norm_gate=True,
+    ),
     "layerscale": Method(
         "x + a*F(N(x)), a per channel", "Touvron et al. 2021 (CaiT)", init=_layer_scale, granularity="channel"
     ),
@@ -165,3 +189,12 @@ METHODS: dict[str, Method] = {
     ),
 }
 """By name, as `method=` takes it."""
+
+_MOVED = "a norm would have to move into or out of the branch; `drop_norm` takes norms out where they are"
+UNWRITTEN: dict[str, str] = {
+    "highway": "its gate is computed from the input by a layer of its own, not by a parameter",
+    "pre-norm": _MOVED,
+    "post-norm": _MOVED,
+    "gpt2-norm": _MOVED,
+}
+"""Relatives that no edit here makes, and why."""

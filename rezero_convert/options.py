@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import Any, Literal, cast
 
 from .errors import ConversionError
-from .methods import METHODS
+from .methods import METHODS, UNWRITTEN
 from .plan import NORM_KINDS, NormKind, Options
 
 
@@ -27,6 +27,8 @@ def options(**given: Any) -> Options:
         if name not in names:
             raise ConversionError(unknown("option", name, names))
     given = {name: value for name, value in given.items() if value is not None}
+    if given.get("method") in UNWRITTEN:
+        raise ConversionError(f"method {given['method']!r} cannot be written as yet: {UNWRITTEN[given['method']]}")
     name = _one_of("method", given.get("method", "rezero"), tuple(METHODS))
     method = METHODS[name]
     start = None if callable(method.init) else method.init
@@ -34,6 +36,9 @@ def options(**given: Any) -> Options:
     preserve = alpha_init == "preserve"
     if preserve and not method.preserves:
         raise ConversionError(f"alpha_init='preserve': method {name!r} changes what a block computes at any gate")
+    drop_norm = _drop_norm(given.get("drop_norm", "none" if preserve else method.drop_norm or "none"))
+    if method.norm_gate and (drop_norm or given.get("alpha_init")):
+        raise ConversionError(f"method {name!r} keeps the norms and starts at 0: no drop_norm, no alpha_init")
     activation = given.get("activation", "keep" if preserve else method.activation)
     activation = _one_of("activation", activation, ("branch", "keep"))
     granularity = _one_of("granularity", given.get("granularity", method.granularity), ("scalar", "channel"))
@@ -41,7 +46,7 @@ def options(**given: Any) -> Options:
     return Options(
         method=name,
         alpha_init=alpha_init,
-        drop_norm=_drop_norm(given.get("drop_norm", "none" if preserve else method.drop_norm or "none")),
+        drop_norm=drop_norm,
         activation=cast(Literal["branch", "keep"], activation),
         include=_patterns("include", given.get("include", ())),
         exclude=_patterns("exclude", given.get("exclude", ())),

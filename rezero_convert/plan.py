@@ -100,8 +100,8 @@ class Loop:
 class Scale:
     """How an alpha scales an operand: `factor * map(alpha)`."""
 
-    map: Literal["", "relu", "complement"] = ""
-    """complement: 1 - alpha."""
+    map: Literal["", "relu", "complement", "shift"] = ""
+    """complement: 1 - alpha. shift: no factor, added to the operand."""
     factor: float = 1.0
     trailing: int = 0
     """How many dimensions of the operand follow that of the channels, for an alpha of shape (C,)."""
@@ -191,14 +191,16 @@ class Activation:
 
 @dataclass(frozen=True, slots=True)
 class Repair:
-    """An undone zero initialization, without which alpha and branch would both have zero gradients for ever."""
+    """Mostly an undone zero initialization, without which alpha and branch would both have zero gradients for ever."""
 
     parameter: str
     """Path from the root: `layer1.0.bn2.weight`."""
-    how: Literal["ones", "reset"]
-    """ones: filled with 1. reset: its module's `reset_parameters()`, or PyTorch's default initialization."""
+    how: Literal["ones", "zeros", "scaled", "reset"]
+    """ones: filled with 1. zeros: with 0, as the method starts. scaled: multiplied by `factor`, as the method starts.
+    reset: its module's `reset_parameters()`, or PyTorch's default initialization."""
     certain: bool = True
     """It is zero now; False where a statement of the file may make it so (static route)."""
+    factor: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,6 +227,8 @@ class Site:
     skip_kind: Literal["identity", "projection", "slice", ""] = ""
     gates: tuple[Gate, ...] = ()
     skip_gate: SkipGate | None = None
+    shifts: tuple[Gate, ...] = ()
+    """Biases of one number before the layers of the branch (FixUp)."""
     norms: tuple[Norm, ...] = ()
     activation: Activation | None = None
     repairs: tuple[Repair, ...] = ()

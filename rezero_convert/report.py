@@ -280,6 +280,9 @@ def _norm_remark(norm: Norm, site: Site) -> str:
 
 
 def _repair_remark(repair: Repair, site: Site) -> str:
+    if repair.how in ("zeros", "scaled"):
+        change = "set to 0" if repair.how == "zeros" else f"multiplied by {repair.factor:.4g}"
+        return f"{_local(repair.parameter, site.path)} {change}"
     how = "filled with ones" if repair.how == "ones" else "initialized anew"
     return f"zero init of {_local(repair.parameter, site.path)} undone: {how}"
 

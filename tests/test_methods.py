@@ -120,6 +120,12 @@ def gradients(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 # What is refused
 
 
+@pytest.mark.parametrize("method", ["highway", "post-norm"])
+def test_a_method_that_cannot_be_written_is_refused_with_the_reason(method: str) -> None:
+    with pytest.raises(rz.ConversionError, match=f"method '{method}' cannot be written as yet: "):
+        rz.convert(nn.Linear(2, 2), torch.randn(1, 2), method=method)
+
+
 @pytest.mark.parametrize("method", ["rescalenet", "gated-authors"])
 def test_preserving_is_refused_where_no_gate_preserves(method: str) -> None:
     model, x = relatives.made("dense")
@@ -225,6 +231,164 @@ def test_a_twin_computes_the_same(method: str, name: str) -> None:
     assert weights
     for name in weights:
         torch.testing.assert_close(own[name], others[f"net.{name}"], rtol=1e-8, atol=1e-10)
+
+
+class FixUp(nn.Module):
+    """A ResNet or a stack of linear layers after FixUp, by hand; the norms of the ResNet are gone."""
+
+    def __init__(self, net: nn.Module, gates: list[Tensor], shifts: list[list[Tensor]]) -> None:
+        super().__init__()
+        self.net = net
+        self.gates = nn.ParameterList([nn.Parameter(gate.detach().clone()) for gate in gates])
+        self.shifts = nn.ModuleList(
+            nn.ParameterList([nn.Parameter(one.detach().clone()) for one in some]) for some in shifts
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        net: Any = self.net
+        image = isinstance(net, relatives.ResNet)
+        x = F.relu(net.stem(x)) if image else net.embed(x)
+        for block, scale, b in zip(net.blocks, self.gates, self.shifts, strict=True):
+            if image:
+                f = F.relu(block.conv1(x + b[0]) + b[1])
+                f = block.conv2(f + b[2]) * scale
+                x = F.relu(f + (x if block.down is None else block.down(x)) + b[3])
+            else:
+                x = x + scale * F.relu(block.fc(x + b[0]) + b[1])
+        return net.head(x.mean((2, 3)) if image else x)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch.export's own
+@pytest.mark.parametrize("door", ["model", "symbolic_trace", "export"])
+@pytest.mark.parametrize(("name", "biases"), [("resnet", 4), ("dense", 2)])
+def test_fixup(name: str, biases: int, door: str) -> None:
+    model, x = relatives.made(name)
+    original = copy.deepcopy(model)
+    made = rz.convert(DOORS[door](model.eval(), x) if door != "model" else model, x, method="fixup")
+    blocks = [f"blocks.{number}" for number in range(3)]
+    names = [[f"{block}.bias_{number}" for number in range(1, biases + 1)] for block in blocks]
+    assert [key for key, _ in rz.alphas(made)] == [f"{block}.alpha" for block in blocks]
+    assert {key for key, _ in made.named_parameters()} - {key for key, _ in original.named_parameters()} == {
+        key for some in names for key in some
+    } | {key for key, _ in rz.alphas(made)}
+    # at the start: identity of the blocks, zero classifier, m - 1 of m layers scaled by L^(-1 / (2m - 2))
+    assert gate_values(made) == {1.0}
+    assert not made(x).any()
+    if name == "resnet":
+        scaled = made.get_parameter("blocks.0.conv1.weight")
+        torch.testing.assert_close(scaled, original.blocks[0].conv1.weight * 3**-0.5)
+        assert not made.get_parameter("blocks.0.conv2.weight").any()
+    else:
+        assert not made.get_parameter("blocks.0.fc.weight").any()
+        assert not made.get_parameter("blocks.0.fc.bias").any()
+    assert rz.validate(made, x).ok
+    # anywhere else: the twin
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.3 * torch.rand_like(parameter))
+    shell = copy.deepcopy(original)
+    shell.load_state_dict(made.state_dict(), strict=False)
+    twin = FixUp(shell, [gate for _, gate in rz.alphas(made)],
+                 [[made.get_parameter(key) for key in some] for some in names])  # fmt: skip
+    if door == "export":
+        torch.testing.assert_close(made(x), twin(x), rtol=1e-9, atol=1e-9)
+        return
+    ours, own = gradients(made, x)
+    theirs, others = gradients(twin, x)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    for index, some in enumerate(names):
+        torch.testing.assert_close(own[f"blocks.{index}.alpha"], others[f"gates.{index}"], rtol=1e-8, atol=1e-9)
+        for number, key in enumerate(some):
+            torch.testing.assert_close(own[key], others[f"shifts.{index}.{number}"], rtol=1e-8, atol=1e-9)
+    if door == "model":
+        assert torch.equal(pickle.loads(pickle.dumps(made)).eval()(x), made.eval()(x))
+        assert torch.equal(copy.deepcopy(made)(x), made(x))
+
+
+def test_fixup_on_transformers_and_in_files() -> None:
+    for name in ("pre", "post"):
+        model, x = relatives.made(name)
+        made = rz.convert(model, x, method="fixup")
+        assert [key for key, _ in rz.alphas(made)] == ["blocks.0.alpha", "blocks.1.alpha"]
+        refused = [site for site in rz.audit(made).plan.of("refused") if site.code == "RZ919"]
+        assert len(refused) == 2
+        assert all("an attention or recurrent module holds several layers" in site.reason for site in refused)
+        with pytest.warns(UserWarning, match="start values that the method set stay"):
+            restored = rz.unconvert(made)
+        assert restored.state_dict().keys() == model.state_dict().keys()
+    model, x = nn.Sequential(InSequence(), nn.Linear(4, 2)), torch.randn(2, 4)
+    with pytest.warns(rz.NoEffectWarning, match="Linear is not called in the text of the module that adds"):
+        rz.convert(model, x, method="fixup")
+    report = rz.audit_source(Path(relatives.__file__).read_text(), method="fixup")
+    assert not report.plan.converted
+    assert any("convert the model in memory" in site.reason for site in report.plan.sites)
+
+
+class InSequence(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(x)
+
+
+def test_zero_gamma_is_what_torchvision_does() -> None:
+    resnet18 = pytest.importorskip("torchvision").models.resnet18
+    x = torch.randn(2, 3, 32, 32)
+    made = rz.convert(resnet18(), x, method="zero-gamma")
+    other = resnet18(zero_init_residual=True)
+    zeros = {key for key, value in other.state_dict().items() if key.endswith("weight") and not value.any()}
+    assert {key for key, _ in rz.alphas(made)} == zeros
+    assert len(zeros) == 8
+    other.load_state_dict(made.state_dict())
+    assert torch.equal(made.eval()(x), other.eval()(x))
+    report = rz.audit(other, x, method="zero-gamma")
+    assert (report.counts["gated"], report.counts["converted"]) == (8, 0)
+
+
+def test_zero_gamma_shuts_a_trained_norm_and_needs_one() -> None:
+    model, x = relatives.made("resnet")
+    made = rz.convert(model, x, method="zero-gamma")
+    block = made.blocks[0]
+    h = torch.randn(2, 8, 4, 4, dtype=torch.float64).relu()
+    assert torch.equal(block(h), h)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(torch.rand_like(parameter))
+    assert rz.validate(made, x).ok
+    assert pickle.loads(pickle.dumps(made)).state_dict().keys() == model.state_dict().keys()
+    with pytest.warns(UserWarning, match="zero initializations stay undone|keep their present"):
+        rz.unconvert(made)
+    for name in ("pre", "post", "dense"):
+        net, inputs = relatives.made(name)
+        with pytest.warns(rz.NoEffectWarning, match="does not end in a norm of its module with a weight"):
+            rz.convert(net, inputs, method="zero-gamma")
+    with pytest.raises(rz.ConversionError, match="keeps the norms"):
+        rz.convert(model, x, method="zero-gamma", drop_norm="batch")
+    report = rz.audit_source(Path(relatives.__file__).read_text(), method="zero-gamma")
+    assert not report.plan.converted
+    assert any("convert the model in memory" in site.reason for site in report.plan.sites)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resnet_of_56_layers(method: str) -> None:
+    model = relatives.ResNet(9)  # 27 blocks of two convolutions, stem and head
+    x = torch.randn(2, 3, 8, 8)
+    made = rz.convert(model, x, method=method, verify=method in ("rescalenet", "fixup"))
+    sizes = {gate.numel() for _, gate in rz.alphas(made)}
+    assert len(list(rz.alphas(made))) == 27
+    assert sizes == ({8, 16, 24} if method in ("layerscale", "zero-gamma") else {1})
+    made.train()(x).square().sum().backward()
+    grads = [gate.grad for _, gate in rz.alphas(made)]
+    if method in ("frozen", "beta"):
+        assert grads == [None] * 27
+    elif method == "fixup":  # behind a zero classifier, before zero layers: awake after the head has moved
+        assert not any(grad.any() for grad in grads)
+        assert made.head.weight.grad.any()
+    else:
+        assert all(grad.isfinite().all() for grad in grads)
+        assert any(grad.any() for grad in grads)
 
 
 # What every method keeps

@@ -20,6 +20,7 @@ from ..listing import compact
 from ..methods import applied
 from ..plan import Gate, Norm, Options, Place, Plan, Site, Span
 from . import arms, code, loops, names, norms
+from .biases import headed
 from .blocks import Block, Nested, Refusal, find, owner_call
 from .drafts import Draft, class_name, frame_of, is_gated, of_block, relative, request, site_of, unwanted
 from .flow import Flow, flow
@@ -43,6 +44,7 @@ def detect(trace: Trace, options: Options | None = None) -> Plan:
     others = _unexecuted(facts, drafts, options)
     drafts = _settle_norms(facts, _merge(facts, drafts, refusals), others)
     sites = applied(_named(facts, drafts, others, options), options)
+    sites = headed(facts, sites, options)
     sites += [_refused(facts, refusal) for refusal in refusals]
     sites += [_nested(facts, one) for one in nested if one.block not in gated_long]
     sites += [_hidden(facts, frames) for frames in trace.hidden]
@@ -282,7 +284,9 @@ def _undecided(draft: Draft, site: Site, reason: str) -> Draft:
 
 
 def _bare(site: Site) -> Site:
-    return replace(site, gates=(), norms=(), activation=None, repairs=(), skip="", skip_kind="", skip_gate=None)
+    return replace(
+        site, gates=(), norms=(), activation=None, repairs=(), skip="", skip_kind="", skip_gate=None, shifts=()
+    )
 
 
 def _named(flow: Flow, drafts: list[Draft], others: list[arms.Arm], options: Options) -> list[Site]:

@@ -11,6 +11,7 @@ from ..capture.trace import Frame
 from ..methods import METHODS
 from ..plan import Activation, Gate, Operand, Options, Repair, Scale, Site, SkipGate, Span, Verdict
 from . import code, gates, helpers, names, norms
+from .biases import biases
 from .blocks import Block, Branch, describe, has_weight, owner_call
 from .channels import channels
 from .flow import Flow
@@ -43,6 +44,9 @@ def of_block(flow: Flow, block: Block, options: Options) -> Draft:
         return Draft(block, replace(site, verdict="refused", code=str(number), reason=str(reason)))
     site, operands = placed
     method = METHODS[options.method]
+    if method.biases and len(block.branches) > 1:
+        reason = "several branches are added to one skip, and the method is defined for one"
+        return Draft(block, replace(site, verdict="refused", code="RZ919", reason=reason))
     if method.skip != "one":
         scaled = _skip_gate(flow, block, operands)
         if isinstance(scaled, str):
@@ -56,11 +60,11 @@ def of_block(flow: Flow, block: Block, options: Options) -> Draft:
     weights: list[str] = []
     repairs: list[Repair] = []
     for branch in block.branches:
-        found = gates.existing(flow, branch)
+        found = gates.last_norm(flow, branch) if method.norm_gate else gates.existing(flow, branch)
         settled = _present(flow, site, found)
         if settled is not None:
             return Draft(block, replace(settled, skip_gate=None))
-        problem = _unformed(flow, branch, found, options)
+        problem = _unformed(flow, branch, site, found, options)
         if problem is not None:
             return Draft(block, replace(site, verdict="refused", code="RZ919", reason=problem, skip_gate=None))
         gate, repair, last = _gate(flow, branch, site, operands[branch.term], found, moved, options)
@@ -68,6 +72,13 @@ def of_block(flow: Flow, block: Block, options: Options) -> Draft:
         weights.append(last)
         requests.append(None if gate.existing else request(flow, site, operands[branch.term], gate.child))
         repairs += repair
+        if method.biases:
+            given = biases(flow, branch, site, activation)
+            if isinstance(given, str):
+                return Draft(block, replace(site, verdict="refused", code="RZ919", reason=given))
+            site = replace(site, shifts=(*site.shifts, *given[0]))
+            repairs += given[1]
+            continue
         if not options.preserve:
             repairs += gates.repairs(flow, branch)
             cause = gates.held_at_zero(flow, branch, {one.parameter for one in repairs})
@@ -225,10 +236,12 @@ def _gate(
     child = relative(last, site.path).partition(".")[0] if last is not None else ""
     written = code.text(at)
     start = None if options.preserve else 0.0  # what it is, `methods.applied` says
-    if found is not None and not moved:
+    if found is not None and (not moved or METHODS[options.method].norm_gate):
         inside = _is_inside(found, site)
         if inside and not found.conditional:
             name = relative(found.parameter, site.path)
+            if METHODS[options.method].norm_gate:
+                return Gate(None, name, child, written, True, False, start), _norm_bias(flow, found), last or ""
             shape = flow.shape(found.root) or (1,)
             return Gate(None, name, child, written, True, False, start, shape), [], last or ""
         if inside:
@@ -237,6 +250,13 @@ def _gate(
     shape, scale, size = _channels(flow, branch, site, options)
     gate = Gate(at, "", child, written, init=1.0 if start is None else start, shape=shape, scale=scale, size=size)
     return gate, repair, last or ""
+
+
+def _norm_bias(flow: Flow, found: gates.Found) -> list[Repair]:
+    """What a norm adds must start at 0 as its weight does."""
+    path = f"{found.parameter.rpartition('.')[0]}.bias".lstrip(".")
+    value = gates.parameter(flow, path)
+    return [] if value is None or gates.is_zero(value) else [Repair(path, "zeros")]
 
 
 def _skip_gate(flow: Flow, block: Block, operands: dict[Term, Operand]) -> SkipGate | str:
@@ -252,8 +272,11 @@ def _skip_gate(flow: Flow, block: Block, operands: dict[Term, Operand]) -> SkipG
     return SkipGate(operands[block.shortcut])
 
 
-def _unformed(flow: Flow, branch: Branch, found: gates.Found | None, options: Options) -> str | None:
+def _unformed(flow: Flow, branch: Branch, site: Site, found: gates.Found | None, options: Options) -> str | None:
     """Why a method's form cannot be written for a branch."""
+    if METHODS[options.method].norm_gate:
+        inside = found is not None and _is_inside(found, site)
+        return None if inside else "the branch does not end in a norm of its module with a weight"
     if found is not None and not METHODS[options.method].plain:
         return f"the branch has a gate already, {found.parameter}, which method {options.method!r} has no place for"
     if options.granularity == "channel" and found is None:

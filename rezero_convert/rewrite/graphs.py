@@ -79,6 +79,8 @@ class _Editor:
             for gate in site.gates:
                 if gate.at is not None:
                     self.gate(site, gate, gate.at)
+            for shift in site.shifts:
+                self.shift(site, shift)
             if site.skip_gate is not None:
                 self.skip(site, site.skip_gate)
             if site.activation is not None and site.activation.action == "move":
@@ -142,6 +144,19 @@ class _Editor:
         with self.graph.inserting_before(node):
             alpha = self.parameter(site, gate.alpha) if gate.alpha else ""
             self.update(node, gate.at, self.scaled(node, stream, alpha, gate.scale))
+
+    def shift(self, site: Site, gate: Gate) -> None:
+        """Add a number to what a layer reads."""
+        assert gate.at is not None
+        node, stream = self.node(gate.at), self.value(gate.at)
+        aten = isinstance(node.target, OpOverload)
+        with self.graph.inserting_before(node):
+            bias = self.graph.get_attr(self.parameter(site, gate.alpha))
+            made = self.graph.call_function(torch.ops.aten.add.Tensor if aten else operator.add, (stream, bias))
+        made.meta.update({key: stream.meta[key] for key in _VALUE if key in stream.meta})
+        for one in (bias, made):
+            one.meta.update({key: node.meta[key] for key in _PLACE if key in node.meta})
+        self.update(node, gate.at, made)
 
     def parameter(self, site: Site, alpha: str) -> str:
         relative = self.below(site.path)

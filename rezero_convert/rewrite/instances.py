@@ -163,6 +163,9 @@ def _parts(model: nn.Module, site: Site, home: graphs.Home) -> Iterator[tuple[st
         gates.setdefault(site.activation.at.place, [])
     if site.skip_gate is not None:
         gates.setdefault(site.skip_gate.at.place, [])
+    for shift in site.shifts:
+        if shift.at is not None:
+            gates.setdefault(shift.at.place, [])
     for place, some in gates.items():
         yield site.path, place, dataclasses.replace(site, gates=tuple(some), norms=())
     for norm in site.norms:
@@ -172,7 +175,7 @@ def _parts(model: nn.Module, site: Site, home: graphs.Home) -> Iterator[tuple[st
             yield (
                 path,
                 norm.at.place,
-                dataclasses.replace(site, gates=(), norms=(norm,), activation=None, skip_gate=None),
+                dataclasses.replace(site, gates=(), norms=(norm,), activation=None, skip_gate=None, shifts=()),
             )
 
 
@@ -319,4 +322,4 @@ def _text_of(texts: dict[Any, tuple[str, str]], place: Place, code: CodeType, jo
 def _essence(site: Site) -> tuple[Any, ...]:
     """What of a site its text depends on."""
     gates = tuple((gate.at, gate.alpha, gate.existing, gate.loops, gate.scale) for gate in site.gates)
-    return gates, site.skip_gate, tuple(norm.at for norm in site.norms), site.activation
+    return gates, site.skip_gate, site.shifts, tuple(norm.at for norm in site.norms), site.activation

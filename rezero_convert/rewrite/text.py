@@ -151,6 +151,9 @@ class _Wanted:
                 change = _GateEdit("" if gate.existing else gate.alpha, moved, gate.at, gate.loops, gate.scale)
                 if not (gate.existing and moved is None):
                     self._enter(change)
+            for shift in site.shifts:
+                if shift.at is not None:
+                    self._enter(_GateEdit(shift.alpha, None, shift.at, shift.loops, shift.scale))
             if site.skip_gate is not None:
                 skip = site.skip_gate
                 self._enter(_GateEdit(skip.alpha, None, skip.at, skip.loops, skip.scale))
@@ -396,6 +399,8 @@ class _Editor(cst.CSTTransformer):
             return product(cst.Name("self"), cst.Float(repr(change.scale.factor)), operand)
         owner = cst.Name(self._first_argument(at, change.where.span))
         alpha = self.walked.get((change.where.span, change.where.index)) or self._attribute(at, change)
+        if change.scale.map == "shift":
+            return cst.BinaryOperation(parenthesised(operand), cst.Add(), alpha.deep_clone())
         return self.spelling(owner, scaled(alpha.deep_clone(), change.scale), operand)
 
     def _attribute(self, at: cst.CSTNode, change: _GateEdit) -> cst.BaseExpression:

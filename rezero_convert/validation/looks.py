@@ -91,6 +91,18 @@ class Subject:
     """The gates whose blocks compute what they did before."""
     options: Options
 
+    @property
+    def closing(self) -> list[nn.Parameter]:
+        """What is 0 when all branches are shut: the gates, and the biases beside those that are weights of norms."""
+        found = dict(self.named)
+        for prefix, plan in self.plans if self.plans else ():
+            for site in plan.converted if METHODS[plan.options.method].norm_gate else ():
+                for gate in site.gates:
+                    name = f"{joined(prefix, site.path, gate.alpha).rpartition('.')[0]}.bias"
+                    bias = parameter_at(self.model, name)
+                    found |= {} if bias is None else {name: bias}
+        return list(found.values())
+
     symbolic: bool = False
     """There are no inputs to run it on."""
 
@@ -140,6 +152,9 @@ def _known_gate(
 ) -> tuple[gates.Found, str] | None:
     """A branch's gate with its name, if registered; else any gate of one number, or zero now, is taken for one."""
     gate = gates.existing(flow, branch)
+    norm = gates.last_norm(flow, branch) if gate is None else None
+    if norm is not None and id(gates.parameter(flow, norm.parameter)) in known:
+        gate = norm
     if gate is None or gate.kind in ("input", "offset"):
         return None
     parameter = gates.parameter(flow, gate.parameter)
@@ -158,7 +173,7 @@ def _block(
     site = _site(subject, [name for _, _, name in own], span)
     kept = _keeps_tail(site) if site is not None else not subject.plans and subject.options.activation == "keep"
     chosen = {"vjp"} if kept else set()
-    if any(name in subject.preserved for _, _, name in own):
+    if any(name in subject.preserved for _, _, name in own) or (site is not None and site.shifts):
         chosen |= {"nonzero", "alive", "branch-alive"}
     branches = tuple(
         Branch(

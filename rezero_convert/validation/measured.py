@@ -55,7 +55,7 @@ class _Observed:
 def with_numbers(subject: Subject, look: Look, notes: list[str]) -> Look | None:
     """The look with its blocks' checks; on real tensors the model may have gone another way than in the trace."""
     try:
-        with gates_at_zero(subject.named.values()):
+        with gates_at_zero(subject.closing):
             try:
                 found = _measure(subject, look, notes)
             except ConversionError:  # on fake tensors transformers skips some of its branches
