@@ -33,7 +33,7 @@ def channels(flow: Flow, branch: Branch) -> Channels | str:
     while not has_weight(flow, node):
         sources = [source for source in flow.inputs[node] if not flow.constant[source]]
         moved = flow.facts[node].kind == "layout" and flow.name(node) not in _KEEPS
-        if moved and flow.name(node) not in ("permute", "transpose"):
+        if moved and flow.name(node) not in ("permute", "transpose") and not _keeps_last(flow, node):
             return f"{flow.name(node)} between the last weight of the branch and the add may move its channels"
         if not sources or node <= branch.region[0]:
             return "the branch has no last weight by itself"
@@ -51,10 +51,11 @@ def channels(flow: Flow, branch: Branch) -> Channels | str:
         return "the shapes are not known"
     place = (rank or 0) - 1 if dim is None else dim
     for move in reversed(moves):
-        target = _moved(flow, move, place, rank or 0)
+        after = _rank(flow, move) or 0
+        target = _moved(flow, move, place, rank or 0, after)
         if target is None:
             return f"{flow.name(move)} moves the channels in a way that is not known"
-        place = target
+        place, rank = target, after
     shape = flow.shape(branch.term.value)
     if shape is not None and len(shape) != (rank or len(shape)):
         return "the rank of the branch changes behind its last weight"
@@ -71,8 +72,17 @@ def _rank(flow: Flow, node: int) -> int | None:
     return None if shape is None else len(shape)
 
 
-def _moved(flow: Flow, node: int, dim: int, rank: int) -> int | None:
-    """Where a permutation puts a dimension."""
+def _keeps_last(flow: Flow, node: int) -> bool:
+    """Whether a change of shape leaves the last dimension as it is."""
+    shape, before = flow.shape(node), flow.shape(flow.inputs[node][0]) if flow.inputs[node] else None
+    names = ("view", "reshape", "flatten", "unflatten", "_unsafe_view")
+    return flow.name(node) in names and bool(shape and before) and (shape or ())[-1] == (before or ())[-1]
+
+
+def _moved(flow: Flow, node: int, dim: int, rank: int, after: int) -> int | None:
+    """Where a permutation, or a change of shape that keeps the last dimension, puts a dimension."""
+    if flow.name(node) not in ("permute", "transpose"):
+        return after - 1 if dim == rank - 1 else None
     target = flow.nodes[node]
     given: list[Any] = [*target.args[1:], *target.kwargs.values()]
     order = given[0] if len(given) == 1 and isinstance(given[0], (tuple, list)) else given
