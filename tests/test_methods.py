@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import rezero_convert as rz
 from rezero_convert.methods import METHODS
+from rezero_convert.options import options as make_options
 
 NETS = ("resnet", "pre", "post", "dense")
 SUMS = {"resnet": 3, "pre": 4, "post": 4, "dense": 3}
@@ -560,6 +561,8 @@ def test_a_rewritten_file_computes_what_the_model_computes(method: str) -> None:
         assert {key: value.shape for key, value in other.state_dict().items()} == {
             key: value.shape for key, value in made.state_dict().items()
         }
+        if name != "post":
+            assert rz.validate(other, x, options=make_options(method=method)).ok
         starts = [other.get_parameter(name) for name, _ in rz.alphas(made)]
         randomized(made)
         for gate, start in zip(rz.alphas(made), starts, strict=True):

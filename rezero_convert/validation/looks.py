@@ -182,7 +182,7 @@ def _block(
             tuple(_weights(flow, branch)),
             branch.term.value,
             _sign(flow, branch),
-            _planned(site, name),
+            _planned(site, name) if site is not None else _asked(subject, flow, gate, k),
         )
         for branch, gate, name in own
         for source in ([branch.term.value] if gate.node == branch.term.add else flow.inputs[gate.node])
@@ -270,10 +270,21 @@ def _sign(flow: Flow, branch: detected.Branch) -> int:
     return (-1 if branch.term.negative else 1) if plain else 0
 
 
-def _planned(site: Site | None, name: str) -> Scale | None:
+def _asked(subject: Subject, flow: Flow, gate: gates.Found, k: int) -> Scale:
+    """How the method scales the branch of a file's k-th block; the view of its gate is what it is."""
+    method = METHODS[subject.options.method]
+    if method.plain and subject.options.granularity == "scalar":
+        return Scale()
+    factors = [flow.shape(source) or () for source in flow.inputs[gate.node] if flow.constant[source]]
+    wide = [len(shape) - 1 - i for shape in factors for i, size in enumerate(shape) if size > 1]
+    factor = 1.0 if method.factor is None else method.factor(k, max(len(subject.named), k))
+    return Scale(method.map, factor, wide[0] if len(wide) == 1 else 0)
+
+
+def _planned(site: Site, name: str) -> Scale | None:
     """How a new gate is planned to scale its branch."""
-    for gate in site.gates if site is not None else ():
-        own = [joined(site.path, one) for one in gate.parameters()] if site is not None else []
+    for gate in site.gates:
+        own = [joined(site.path, one) for one in gate.parameters()]
         if not gate.existing and any(f".{name}".endswith(f".{one}") for one in own):
             return gate.scale
     return None
