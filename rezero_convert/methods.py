@@ -63,11 +63,6 @@ def by_depth(options: Options) -> bool:
     return method.by_site or (callable(method.init) and options.alpha_init is None)
 
 
-def plain(options: Options) -> bool:
-    """Whether the blocks are the identity while the gates are 0, and the gates start there."""
-    return METHODS[options.method].plain and options.alpha_init in (0.0, "preserve")
-
-
 def applied(sites: Iterable[Site], options: Options) -> list[Site]:
     """The sites with what the method says of their gates: start values, factors, whether they are trained.
 

@@ -210,6 +210,15 @@ def test_validation_notices_another_form() -> None:
     assert any("identity" in line for line in rz.validate(made, x).failures)
 
 
+def test_the_report_names_the_method() -> None:
+    model, x = relatives.made("dense")
+    assert "frozen, alpha by depth, norms dropped: layer" in str(rz.audit(model, x, method="frozen"))
+    said = str(rz.audit(model, x, method="fixup"))
+    assert "fc.weight set to 0" in said
+    assert "biases of one number: bias_{1,2}" in said
+    assert "zero-initialised" not in said
+
+
 # Twins
 
 
