@@ -64,9 +64,11 @@ def convert(
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; None to have them inferred
             (transformers, timm), the model traced symbolically, or its source read with its instances' attributes.
         inplace: convert the given object, not a copy.
-        verify: check the result (identity at the start, every alpha read and alive); on meta only the structure.
+        verify: check the result (identity with the gates at 0, every alpha read and alive, the form of the method);
+            on meta only the structure.
         **options: `method`, `alpha_init`, `drop_norm`, `activation`, `include`, `exclude`, `share`, `long_skips`,
-            `norm_types`; see `plan.Options`.
+            `norm_types`, `granularity`; see `plan.Options`. `method` names a relative of ReZero, `methods.METHODS`
+            with their sources; the other options' defaults follow it.
 
     Returns:
         The converted model.

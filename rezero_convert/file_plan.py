@@ -13,6 +13,7 @@ from . import sources
 from .capture import capture, check_runs, static
 from .detect import detect
 from .errors import ConversionError
+from .methods import METHODS, by_depth
 from .plan import Norm, Options, Plan, Site, Span
 from .rewrite import source
 
@@ -33,7 +34,7 @@ def written(text: str, file: str, options: Options) -> Plan:
     notes = tuple(dict.fromkeys(note for plan in plans for note in plan.notes))
     done = {site.span: site for site in sites if site.verdict == "converted" and site.span is not None}
     kept = frozenset(call for plan in plans for call in _kept(plan, done))
-    sites = tuple(_norms_of_text(site, kept) for site in sites)
+    sites = tuple(_told_by_text(_norms_of_text(site, kept), options) for site in sites)
     return Plan(sites, options, "static", sum(plan.scalars for plan in plans), notes)
 
 
@@ -56,11 +57,32 @@ def recorded(text: str, file: str, model: nn.Module, example_inputs: Any, option
     ran = {site.span for site in here}
     found = written(text, file, options).sites
     by_span = {site.span: site for site in found if site.verdict == "converted"}
-    here = [_completed(site, by_span.get(site.span)) for site in here]
+    here = [_completed(_told_by_text(site, options, recorded=True), by_span.get(site.span)) for site in here]
     rest = [site for site in found if site.span not in ran]
     others = [_unreached(site) if site.place and site.place.cls in made else _by_text(site) for site in rest]
     sites = sorted([*here, *(site for site in others if site is not None)], key=_by_span)
     return dataclasses.replace(plan, sites=tuple(sites))
+
+
+_NO_TEXT = "a start value that code elsewhere may set again is not to be changed in a file: convert the model in memory"
+
+
+def _told_by_text(site: Site, options: Options, *, recorded: bool = False) -> Site:
+    """The site, refused where its gates depend on more than the text of a class."""
+    if site.verdict != "converted":
+        return site
+    if recorded and not (METHODS[options.method].norm_gate or METHODS[options.method].biases):
+        return site
+    if by_depth(options) and not METHODS[options.method].biases:
+        reason = f"method {options.method!r} depends on the number of blocks: pass --model and --inputs"
+        reason += "" if METHODS[options.method].by_site else ", or alpha_init"
+    elif METHODS[options.method].norm_gate or METHODS[options.method].biases:
+        return dataclasses.replace(site, **{**_REFUSED, "code": "RZ919"}, reason=_NO_TEXT)
+    elif any(gate.shape == (0,) and (gate.loops or not gate.size) for gate in site.gates):
+        reason = "the text does not tell how many channels the branch has: pass --model and --inputs"
+    else:
+        return site
+    return dataclasses.replace(site, **{**_REFUSED, "code": "RZ915"}, reason=reason)
 
 
 def _kept(plan: Plan, done: Mapping[Span, Site]) -> Iterator[tuple[Span, str]]:
@@ -257,7 +279,8 @@ def recheck(before: str, after: str, file: str, options: Options, *, again: bool
 
 
 _REFUSED: dict[str, Any] = {
-    "verdict": "refused", "code": "RZ912", "gates": (), "norms": (), "activation": None, "repairs": (), "form": ""
+    "verdict": "refused", "code": "RZ912", "gates": (), "norms": (), "activation": None, "repairs": (), "form": "",
+    "skip_gate": None, "shifts": (),
 }  # fmt: skip
 
 

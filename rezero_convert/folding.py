@@ -123,7 +123,8 @@ def _gates(model: nn.Module) -> list[_Gate]:
         for name in owner.__dict__.get("rezero_gates", ()):
             parameter = owner.get_parameter(name)
             holder = owner.get_submodule(name.rpartition(".")[0])
-            found.setdefault(id(parameter), _Gate(owner, at, name, paths[id(parameter)], parameter, holder))
+            if of_class(type(holder)).kind != "norm":  # a norm's weight is where a gate would be folded to
+                found.setdefault(id(parameter), _Gate(owner, at, name, paths[id(parameter)], parameter, holder))
     return list(found.values())
 
 

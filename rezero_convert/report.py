@@ -238,7 +238,9 @@ def _group_dict(group: Sites) -> dict[str, Any]:
 
 def _heading(report: Report) -> str:
     options = report.plan.options
-    asked = f"alpha {options.alpha_init}, norms dropped: {', '.join(options.drop_norm) or 'none'}"
+    start = "by depth" if options.alpha_init is None else options.alpha_init
+    method = "" if options.method == "rezero" else f"{options.method}, "
+    asked = f"{method}alpha {start}, norms dropped: {', '.join(options.drop_norm) or 'none'}"
     state = "converted" if report.converted else "audit"
     route = f" ({report.plan.route})" if report.plan.route else ""
     return f"{report.title or 'model'}: {state}{route}; {asked}, activation: {options.activation}"
@@ -263,6 +265,7 @@ def _remarks(group: Sites) -> list[str]:
     for gate in site.gates:
         if gate.existing:
             found.append(f"gate {gate.alpha} was there{'' if gate.init is None else f', set to {gate.init:g}'}")
+    found += [f"biases of one number: {compact(shift.alpha for shift in site.shifts)}"] if site.shifts else []
     found += [_norm_remark(norm, site) for norm in site.norms]
     if site.activation is not None:
         moved = site.activation.action == "move"
@@ -280,6 +283,9 @@ def _norm_remark(norm: Norm, site: Site) -> str:
 
 
 def _repair_remark(repair: Repair, site: Site) -> str:
+    if repair.how in ("zeros", "scaled"):
+        change = "set to 0" if repair.how == "zeros" else f"multiplied by {repair.factor:.4g}"
+        return f"{_local(repair.parameter, site.path)} {change}"
     how = "filled with ones" if repair.how == "ones" else "initialized anew"
     return f"zero init of {_local(repair.parameter, site.path)} undone: {how}"
 

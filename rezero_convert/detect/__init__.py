@@ -17,8 +17,10 @@ from ..capture.static import adds, exclusive, traces
 from ..capture.trace import Frame, Trace, origin
 from ..errors import ConversionError
 from ..listing import compact
+from ..methods import applied
 from ..plan import Gate, Norm, Options, Place, Plan, Site, Span
 from . import arms, code, loops, names, norms
+from .biases import headed
 from .blocks import Block, Nested, Refusal, find, owner_call
 from .drafts import Draft, class_name, is_gated, of_block, relative, request, site_of, unwanted
 from .flow import Flow, flow
@@ -41,7 +43,8 @@ def detect(trace: Trace, options: Options | None = None) -> Plan:
     drafts = _post_norms(facts, drafts, options)
     others = _unexecuted(facts, drafts, options)
     drafts = _settle_norms(facts, _merge(facts, drafts, refusals), others)
-    sites = _named(facts, drafts, others, options)
+    sites = applied(_named(facts, drafts, others, options), options)
+    sites = headed(facts, sites, options)
     sites += [_refused(facts, refusal) for refusal in refusals]
     sites += [_nested(facts, one) for one in nested if one.block not in gated_long]
     sites += [_hidden(facts, frames) for frames in trace.hidden]
@@ -288,7 +291,9 @@ def _undecided(draft: Draft, site: Site, reason: str) -> Draft:
 
 
 def _bare(site: Site) -> Site:
-    return replace(site, gates=(), norms=(), activation=None, repairs=(), skip="", skip_kind="")
+    return replace(
+        site, gates=(), norms=(), activation=None, repairs=(), skip="", skip_kind="", skip_gate=None, shifts=()
+    )
 
 
 def _named(flow: Flow, drafts: list[Draft], others: list[arms.Arm], options: Options) -> list[Site]:
@@ -391,7 +396,7 @@ def _form(site: Site) -> str:
         words.append(f"{len(branches)} parallel branches")
     if any(gate.existing for gate in site.gates):
         words.append("existing gate")
-    if site.repairs:
+    if any(repair.how in ("ones", "reset") for repair in site.repairs):
         words.append("zero-initialised last layer")
     return ", ".join(words)
 

@@ -605,6 +605,8 @@ def _is_carried_by(flow: Flow, node: int, user: int, start: int, wholes: frozens
         return any(not wholes.isdisjoint(_carried(flow, other)) for other in others)
     if flow.name(user) == "setitem" and flow.nodes[user].args[-1] is flow.nodes[node]:
         return bool(others) or flow.nodes[user].args[0] is flow.nodes[node]
+    if operands(flow, user) and not others:  # a bias of one number, as FixUp has them
+        return all(prod(flow.shape(source) or (2,)) == 1 for source in flow.inputs[user] if source != node)
     if operands(flow, user) or flow.name(user) == "setitem":
         return bool(others) and all(flow.reaches(other, start) for other in others)
     return not others and (flow.facts[user].kind == "layout" or flow.name(user) in ("mul", "div"))

@@ -8,9 +8,12 @@ from fnmatch import fnmatch
 from torch import fx, nn
 
 from ..capture.trace import Frame
-from ..plan import Activation, Gate, Operand, Options, Repair, Site, Span, Verdict
+from ..methods import METHODS
+from ..plan import Activation, Gate, Operand, Options, Repair, Scale, Site, SkipGate, Span, Verdict
 from . import code, gates, helpers, names, norms
+from .biases import biases
 from .blocks import Block, Branch, describe, has_weight, owner_call
+from .channels import channels
 from .flow import Flow
 from .sums import Sum, Term
 
@@ -40,6 +43,15 @@ def of_block(flow: Flow, block: Block, options: Options) -> Draft:
         number, reason = placed
         return Draft(block, replace(site, verdict="refused", code=str(number), reason=str(reason)))
     site, operands = placed
+    method = METHODS[options.method]
+    if method.biases and len(block.branches) > 1:
+        reason = "several branches are added to one skip, and the method is defined for one"
+        return Draft(block, replace(site, verdict="refused", code="RZ919", reason=reason))
+    if method.skip != "one":
+        scaled = _skip_gate(flow, block, operands)
+        if isinstance(scaled, str):
+            return Draft(block, replace(site, verdict="refused", code="RZ919", reason=scaled))
+        site = replace(site, skip_gate=scaled)
     activation = _activation(flow, block, site, options)
     moved = activation is not None and activation.action == "move"
     members = [member for branch in block.branches for member in norms.of_branch(flow, branch, block, options)]
@@ -48,15 +60,25 @@ def of_block(flow: Flow, block: Block, options: Options) -> Draft:
     weights: list[str] = []
     repairs: list[Repair] = []
     for branch in block.branches:
-        found = gates.existing(flow, branch)
+        found = gates.last_norm(flow, branch) if method.norm_gate else gates.existing(flow, branch)
         settled = _present(flow, site, found)
         if settled is not None:
-            return Draft(block, settled)
+            return Draft(block, replace(settled, skip_gate=None))
+        problem = _unformed(flow, branch, site, found, options)
+        if problem is not None:
+            return Draft(block, replace(site, verdict="refused", code="RZ919", reason=problem, skip_gate=None))
         gate, repair, last = _gate(flow, branch, site, operands[branch.term], found, moved, options)
         made.append(gate)
         weights.append(last)
         requests.append(None if gate.existing else request(flow, site, operands[branch.term], gate.child))
         repairs += repair
+        if method.biases:
+            given = biases(flow, branch, site, activation)
+            if isinstance(given, str):
+                return Draft(block, replace(site, verdict="refused", code="RZ919", reason=given))
+            site = replace(site, shifts=(*site.shifts, *given[0]))
+            repairs += given[1]
+            continue
         if not options.preserve:
             repairs += gates.repairs(flow, branch)
             cause = gates.held_at_zero(flow, branch, {one.parameter for one in repairs})
@@ -217,17 +239,70 @@ def _gate(
     last = _last_weight(flow, branch, site.path)
     child = relative(last, site.path).partition(".")[0] if last is not None else ""
     written = code.text(at)
-    start = None if options.preserve else float(options.alpha_init)
-    if found is not None and not moved:
+    start = None if options.preserve else 0.0  # what it is, `methods.applied` says
+    if found is not None and (not moved or METHODS[options.method].norm_gate):
         inside = _is_inside(found, site)
         if inside and not found.conditional:
             name = relative(found.parameter, site.path)
+            if METHODS[options.method].norm_gate:
+                return Gate(None, name, child, written, True, False, start), _norm_bias(flow, found), last or ""
             shape = flow.shape(found.root) or (1,)
             return Gate(None, name, child, written, True, False, start, shape), [], last or ""
         if inside:
             return Gate(at, "", child, written, False, True, start), [], last or ""
     repair = [Repair(found.parameter, "ones")] if found is not None and found.zero and moved else []
-    return Gate(at, "", child, written, init=1.0 if start is None else start), repair, last or ""
+    shape, scale, size = _channels(flow, branch, site, options)
+    gate = Gate(at, "", child, written, init=1.0 if start is None else start, shape=shape, scale=scale, size=size)
+    return gate, repair, last or ""
+
+
+def _norm_bias(flow: Flow, found: gates.Found) -> list[Repair]:
+    """What a norm adds must start at 0 as its weight does."""
+    path = f"{found.parameter.rpartition('.')[0]}.bias".lstrip(".")
+    value = gates.parameter(flow, path)
+    return [] if value is None or gates.is_zero(value) else [Repair(path, "zeros")]
+
+
+def _skip_gate(flow: Flow, block: Block, operands: dict[Term, Operand]) -> SkipGate | str:
+    """What a factor of the skip goes on; or why there is no one place for it."""
+    if len(block.branches) > 1:
+        return "several branches are added to one skip, whose factor is defined for one"
+    if flow.name(block.shortcut.add) == "lerp":
+        return "lerp scales the skip by itself"
+    if _in_helper(flow.origin(block.shortcut.add).frames):
+        at = operands[block.shortcut]
+        found = helpers.argument(flow.origin(block.shortcut.add).frames, at)
+        return SkipGate(found) if isinstance(found, Operand) else f"the skip cannot be scaled: {found}"
+    return SkipGate(operands[block.shortcut])
+
+
+def _unformed(flow: Flow, branch: Branch, site: Site, found: gates.Found | None, options: Options) -> str | None:
+    """Why a method's form cannot be written for a branch."""
+    if METHODS[options.method].norm_gate:
+        inside = found is not None and _is_inside(found, site)
+        return None if inside else "the branch does not end in a norm of its module with a weight"
+    if found is not None and not METHODS[options.method].plain:
+        return f"the branch has a gate already, {found.parameter}, which method {options.method!r} has no place for"
+    if options.granularity == "channel" and found is None:
+        made = channels(flow, branch)
+        if isinstance(made, str) and flow.trace.model is not None:
+            return f"a gate for each channel: {made}"
+    return None
+
+
+def _channels(flow: Flow, branch: Branch, site: Site, options: Options) -> tuple[tuple[int, ...], Scale, str]:
+    """Shape and view of a new gate, and what tells its size; the shape is (0,) where the text alone does not tell."""
+    made = channels(flow, branch) if options.granularity == "channel" else ""
+    if isinstance(made, str):
+        return (0,) if options.granularity == "channel" else (1,), Scale(), ""
+    parts = relative(made.layer, site.path).split(".")
+    written = "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in parts).lstrip(".")
+    inside = made.layer.startswith(f"{site.path}." if site.path else "") and "*" not in made.layer
+    size = f"{written}.{made.attribute}" if made.attribute and inside and made.layer else ""
+    module = flow.module(made.layer) if size else None
+    if module is not None and getattr(module, made.attribute, None) != made.count:
+        size = ""
+    return (made.count or 0,), Scale(trailing=made.trailing), size
 
 
 def is_gated(flow: Flow, block: Block) -> bool:

@@ -108,14 +108,16 @@ def _alphas_of(source: Source, cls: ast.ClassDef, gates: list[tuple[Gate, bool]]
 def _parameter(gate: Gate, factory: str, names: Names, me: str = "self") -> str:
     if gate.init is None:
         raise ConversionError(f"{gate.at.span if gate.at else ''}: {gate.alpha} is new and has no start value")
-    size = ", ".join(map(str, gate.shape))
+    size = f"{me}.{gate.size}" if gate.size and not gate.loops else ", ".join(map(str, gate.shape))
     if not gate.shape:
         raise ConversionError(f"{gate.at.span if gate.at else ''}: {gate.alpha} must not have zero dimensions")
     if gate.init in (0.0, 1.0):
         value = f"{names.torch}.{'ones' if gate.init else 'zeros'}({size}{factory})"
+    elif len(gate.shape) == 1 and gate.shape != (1,):
+        value = f"{gate.init!r} * {names.torch}.ones({size}{factory})"
     else:
         value = f"{names.torch}.full(({size}{',' if len(gate.shape) == 1 else ''}), {gate.init!r}{factory})"
-    made = f"{names.parameter}({value})"
+    made = f"{names.parameter}({value}{'' if gate.trainable else ', requires_grad=False'})"
     if not gate.loops:
         return made
     made = f"{names.parameter}List([{made} for _ in {_renamed(gate.loops[-1].modules, me)}])"

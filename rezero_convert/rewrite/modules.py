@@ -145,7 +145,7 @@ def _gates(model: nn.Module, plan: Plan) -> Iterator[tuple[nn.Module, str, Gate]
     seen: set[tuple[int, str]] = set()
     for site in (*plan.edited, *plan.of("gated")):
         owner = module_at(model, site.path)
-        for gate in site.gates:
+        for gate in (*site.gates, *site.shifts):
             if (id(owner), gate.alpha) not in seen:
                 seen.add((id(owner), gate.alpha))
                 yield owner, site.path or "the model", gate
@@ -167,7 +167,8 @@ def _place_gate(undo: ExitStack, model: nn.Module, owner: nn.Module, path: str, 
         like = next(itertools.chain(floats(owner), floats(model), [torch.empty(0)]))
         init = 1.0 if preserve or gate.init is None else gate.init
         made = [
-            nn.Parameter(torch.full(gate.shape, init, dtype=like.dtype, device=like.device)) for _ in gate.parameters()
+            nn.Parameter(torch.full(gate.shape, init, dtype=like.dtype, device=like.device), gate.trainable)
+            for _ in gate.parameters()
         ]
         if not gate.loops:
             put(undo, owner._parameters, gate.alpha, made[0])
@@ -175,6 +176,8 @@ def _place_gate(undo: ExitStack, model: nn.Module, owner: nn.Module, path: str, 
             paths = [member.split(".") for member in gate.members]
             put(undo, owner._modules, gate.alpha, _nested(paths, made).train(owner.training))
         note(undo, owner, Added(gate.alpha, init))
+    if gate.scale.map == "shift":
+        return
     names: tuple[str, ...] = owner.__dict__.get("rezero_gates", ())
     new = tuple(name for name in gate.parameters() if name not in names)
     if new:
@@ -288,9 +291,13 @@ def _repair(undo: ExitStack, model: nn.Module, repair: Repair) -> None:
     parameter = module._parameters.get(name)
     if parameter is None:
         raise ConversionError(f"the model has no parameter {repair.parameter!r}; the plan is another model's")
-    note(undo, module, Overwritten(name, "repair"))
-    if repair.how == "ones":
-        fill(undo, parameter, 1.0)
+    note(undo, module, Overwritten(name, "start" if repair.how in ("zeros", "scaled") else "repair"))
+    if repair.how in ("ones", "zeros"):
+        fill(undo, parameter, float(repair.how == "ones"))
+        return
+    if repair.how == "scaled":
+        undo.callback(overwrite, parameter, parameter.detach().clone())
+        overwrite(parameter, parameter.detach() * repair.factor)
         return
     tensors = [tensor for tensor in itertools.chain(module.parameters(), module.buffers()) if not tensor.is_meta]
     before = [tensor.detach().clone() for tensor in tensors]

@@ -90,6 +90,7 @@ _PHRASES = {
     "bias": ("trained bias that a norm had provided stays", "trained biases that norms had provided stay"),
     "gate": ("gate of the original keeps its present value", "gates of the original keep their present values"),
     "fold": ("folded gate stays in its branch's weights", "folded gates stay in their branches' weights"),
+    "start": ("start value that the method set stays", "start values that the method set stay"),
     "repair": ("undone zero initialization stays undone", "undone zero initializations stay undone"),
 }
 

@@ -85,6 +85,7 @@ def _edit_bodies(source: Source, plan: Plan) -> str:
 
 def _lines(site: Site, file: str) -> set[int]:
     operands = [gate.at for gate in site.gates] + [norm.at for norm in site.norms]
+    operands += [site.skip_gate.at] if site.skip_gate is not None else []
     if site.activation is not None:
         operands.append(site.activation.at)
     return {operand.span.line for operand in operands if operand is not None and operand.span.file == file}
