@@ -14,6 +14,16 @@ PACKAGE = Path(rz.__file__).parent
 LAYERS = ("capture", "detect", "rewrite", "validation", "api", "cli")
 """From the bottom up; what stands between them may be imported by those above."""
 PUBLIC = {
+    "tensorboard",
+    "original_state_dict",
+    "load_original_state_dict",
+    "isometry",
+    "grow",
+    "from_pretrained",
+    "StateAccount",
+    "Reading",
+    "Isometry",
+    "AlphaTracker",
     "ConversionError",
     "NoEffectWarning",
     "Options",
