@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import SourceResult, audit, audit_source, convert, convert_source, unconvert
-    from .drawing import draw
+    from .drawing import draw, page
     from .errors import ConversionError, NoEffectWarning
     from .folding import fold
     from .graph_pass import ReZeroPass
@@ -25,6 +25,7 @@ __all__ = [
     "unconvert",
     "validate",
     "draw",
+    "page",
     "alphas",
     "param_groups",
     "fold",
@@ -49,6 +50,7 @@ _HOMES = {
     "SourceResult": "api",
     "ReZeroPass": "graph_pass",
     "draw": "drawing",
+    "page": "drawing",
     "validate": "validation",
     "Validation": "validation",
     "alphas": "rewrite.modules",

@@ -243,8 +243,8 @@ def test_a_name_wider_than_the_screen_is_parted_after_a_separator(plan: Plan) ->
 
 def test_html(plan: Plan) -> None:
     html = Report(plan)._repr_html_()
-    assert html.startswith("<pre>")
-    assert "alpha_attn" in html
+    assert html.startswith("<p><b>model: audit")
+    assert "<td>alpha_attn</td>" in html
 
 
 # JSON
