@@ -9,7 +9,7 @@ from ..listing import clean
 
 _VOID = frozenset({"input", "meta"})
 _LINES = frozenset(
-    "dd details div dl dt form h1 h2 head header li main nav p pre section summary table tbody td th thead tr ul".split()
+    "dd details div dl dt h1 h2 head header li main nav p pre section summary table tbody td th thead tr ul".split()
 )
 """Elements whose end ends a line."""
 
