@@ -14,7 +14,7 @@ import pytest
 import timm
 import torch
 from browser import CHROMIUM, Browser, browser
-from nets import Linears, vectors
+from nets import Linears, W, vectors
 from torch import Tensor, nn
 
 import rezero_convert as rz
@@ -211,6 +211,27 @@ def test_nothing_leaves_its_place_in_a_notebook() -> None:
         assert not page.open
         assert {element.name for element in page.elements} <= set("p b table thead tbody tr th td".split())
         assert any(SHOWN in element.text for element in page.of("b"))
+
+
+def named_with_ill_will() -> nn.Module:
+    """A model whose class and modules have hostile names."""
+    part = HOSTILE.replace("\x00", "").replace("\udcff", "")  # of which Python makes no class name
+
+    def forward(self: nn.Module, x: Tensor) -> Tensor:
+        return x + torch.tanh(getattr(self, part)(x))
+
+    model = type(part, (nn.Module,), {"forward": forward})()
+    model.add_module(part, nn.Linear(W, W))
+    model.register_parameter(f"{part}2", nn.Parameter(torch.ones(1)))
+    return model
+
+
+def test_names_of_classes_and_modules(tmp_path: Path) -> None:
+    page = parsed(rz.page(named_with_ill_will(), tmp_path / "page.html", vectors()).read_text())
+    assert page.of("h1")[0].text == SHOWN.replace("\ufffd", "")
+    assert "return x + torch.tanh(getattr(self, part)(x))" in page.section("adds")
+    assert "<script>hit()</script>" in page.section("streams")
+    assert "<script>hit()</script>" in page.section("adds")
 
 
 @pytest.mark.parametrize("make", [Chain, lambda: timm.create_model("resnet18")], ids=["chain", "resnet18"])
