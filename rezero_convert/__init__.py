@@ -7,11 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import SourceResult, audit, audit_source, convert, convert_source, unconvert
+    from .checkpoints import StateAccount, from_pretrained, load_original_state_dict, original_state_dict
     from .drawing import draw, page
     from .errors import ConversionError, NoEffectWarning
     from .folding import fold
     from .graph_pass import ReZeroPass
+    from .instruments.callbacks import tensorboard
     from .instruments.groups import param_groups
+    from .instruments.growing import grow
+    from .instruments.isometry import Isometry, isometry
+    from .instruments.tracker import AlphaTracker, Reading
     from .plan import Options, Plan
     from .report import Report
     from .rewrite.modules import alphas
@@ -28,7 +33,14 @@ __all__ = [
     "page",
     "alphas",
     "param_groups",
+    "isometry",
+    "AlphaTracker",
+    "tensorboard",
+    "grow",
     "fold",
+    "load_original_state_dict",
+    "original_state_dict",
+    "from_pretrained",
     "convert_source",
     "audit_source",
     "ReZeroPass",
@@ -36,6 +48,9 @@ __all__ = [
     "Plan",
     "Options",
     "Validation",
+    "StateAccount",
+    "Isometry",
+    "Reading",
     "SourceResult",
     "ConversionError",
     "NoEffectWarning",
@@ -55,7 +70,17 @@ _HOMES = {
     "Validation": "validation",
     "alphas": "rewrite.modules",
     "param_groups": "instruments.groups",
+    "isometry": "instruments.isometry",
+    "Isometry": "instruments.isometry",
+    "AlphaTracker": "instruments.tracker",
+    "Reading": "instruments.tracker",
+    "tensorboard": "instruments.callbacks",
+    "grow": "instruments.growing",
     "fold": "folding",
+    "load_original_state_dict": "checkpoints",
+    "original_state_dict": "checkpoints",
+    "from_pretrained": "checkpoints",
+    "StateAccount": "checkpoints",
     "Report": "report",
     "Plan": "plan",
     "Options": "plan",

@@ -7,11 +7,13 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
+from torch._guards import active_fake_mode
 
 from . import file_plan
 from .capture import capture
 from .capture.recorded import one_line
+from .codes import BLOCKS_LEFT
 from .detect import detect
 from .errors import ConversionError, NoEffectWarning
 from .listing import number
@@ -21,6 +23,7 @@ from .report import Report
 from .rewrite import modules, restore
 from .rewrite.changes import rejoined
 from .rewrite.graphs import completed
+from .rewrite.marker import marker
 from .validation import validate
 
 
@@ -42,9 +45,10 @@ def audit(model: nn.Module, example_inputs: Any = None, **options: Any) -> Repor
     settings = make_options(**options)
     done = modules.record(model)
     if done is not None and example_inputs is None:
-        return Report(done, title=type(model).__qualname__, alphas=_values(model), converted=True)
+        return Report(done, title=_title(model), alphas=_values(model), converted=True)
+    _warn_of_marker(model)
     plan = detect(capture(model, example_inputs), settings)
-    return Report(plan, title=type(model).__qualname__, alphas=_values(model), converted=done is not None)
+    return Report(plan, title=_title(model), alphas=_values(model), converted=done is not None)
 
 
 def convert(
@@ -60,9 +64,11 @@ def convert(
         example_inputs: a tensor, a tuple of positional or a dict of keyword arguments; None to have them inferred
             (transformers, timm), the model traced symbolically, or its source read with its instances' attributes.
         inplace: convert the given object, not a copy.
-        verify: check the result (identity at the start, every alpha read and alive); on meta only the structure.
+        verify: check the result (identity with the gates at 0, every alpha read and alive, the form of the method);
+            on meta only the structure.
         **options: `method`, `alpha_init`, `drop_norm`, `activation`, `include`, `exclude`, `share`, `long_skips`,
-            `norm_types`; see `plan.Options`.
+            `norm_types`, `granularity`; see `plan.Options`. `method` names a relative of ReZero, `methods.METHODS`
+            with their sources; the other options' defaults follow it.
 
     Returns:
         The converted model.
@@ -72,6 +78,12 @@ def convert(
             model is then as it was.
     """
     settings = make_options(**options)
+    if isinstance(model, fx.GraphModule) and active_fake_mode() is not None:
+        raise ConversionError(
+            "GraphModule: it is being compiled on fake tensors (AOTAutograd), where new gates would be fake and in no "
+            "backward graph: convert the model, or the graph that torch.compile gives its backend"
+        )
+    _warn_of_marker(model)
     plan = detect(capture(model, example_inputs), settings)
     result = model if inplace else copied(model)
     if not plan.converted:
@@ -83,7 +95,7 @@ def convert(
         if verify:
             check = validate(result, example_inputs)
             if not check.ok:
-                raise ConversionError(f"{type(model).__qualname__}: the conversion does not hold: {check.failures[0]}")
+                raise ConversionError(f"{_title(model)}: the conversion does not hold: {check.failures[0]}")
         undo.pop_all()
     return result
 
@@ -114,14 +126,14 @@ def unconvert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     return result
 
 
-def copied(model: nn.Module) -> nn.Module:
-    """A deep copy.
+def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A deep copy; `memo` says what is not to be copied.
 
     Raises:
         ConversionError: the model cannot be copied.
     """
     try:
-        return completed(rejoined(copy.deepcopy(model), model), model)
+        return completed(rejoined(copy.deepcopy(model, memo), model), model)
     except (RuntimeError, TypeError, NotImplementedError) as error:
         name = type(model).__qualname__
         raise ConversionError(f"{name} cannot be copied ({one_line(error)}); pass inplace=True") from error
@@ -164,7 +176,14 @@ def convert_source(
 def audit_source(
     text: str, *, file: str = "<source>", model: nn.Module | None = None, example_inputs: Any = None, **options: Any
 ) -> Report:
-    """What `convert_source` would do, and why not elsewhere."""
+    """What `convert_source` would do, and why not elsewhere.
+
+    Args:
+        text, file, model, example_inputs, options: as for `convert_source`.
+
+    Raises:
+        ConversionError: as `convert_source`.
+    """
     return Report(_source_plan(text, file, model, example_inputs, make_options(**options)), title=file)
 
 
@@ -174,19 +193,32 @@ def _source_plan(text: str, file: str, model: nn.Module | None, example_inputs: 
     return file_plan.recorded(text, file, model, example_inputs, options)
 
 
+def _warn_of_marker(model: nn.Module) -> None:
+    found = marker(model)
+    if found is not None and not restore.is_converted(model):
+        name = type(model).__qualname__
+        warnings.warn(
+            f"the configuration of this {name} is that of a converted model (gates: {found.get('gates')}), and the "
+            f"model is not: weights that were loaded into it run ungated; rezero_convert.from_pretrained({name}, path) "
+            "loads both",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
 def _nothing(plan: Plan) -> str:
     gated = len(plan.of("gated"))
     if gated:
         return f"nothing was rewritten: {gated} residual blocks are gated already"
-    left = [site for site in plan.of("refused") if site.code in _BLOCKS_LEFT]
+    left = [site for site in plan.of("refused") if site.code in BLOCKS_LEFT]
     if left:
         others = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
         return f"nothing was rewritten: {left[0].path or 'the model'}: {left[0].reason}{others}"
     return f"nothing was rewritten: no residual block among {number(len(plan.sites), 'add')} (audit() says why)"
 
 
-_BLOCKS_LEFT = frozenset({"RZ900", "RZ909", "RZ911", "RZ912", "RZ913", "RZ918"})
-"""Refusals of what is a residual block."""
+def _title(model: nn.Module) -> str:
+    return "GraphModule" if isinstance(model, fx.GraphModule) else type(model).__qualname__
 
 
 def _values(model: nn.Module) -> dict[str, nn.Parameter]:

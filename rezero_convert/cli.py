@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from . import __version__
 from .errors import ConversionError
 from .files import replace
+from .methods import METHODS
 
 if TYPE_CHECKING:
     from .api import SourceResult
@@ -205,7 +206,7 @@ def _add_views(parser: argparse.ArgumentParser) -> None:
 def _add_options(parser: argparse.ArgumentParser) -> None:
     """The options of `rezero_convert.convert`, checked there, so that both say the same."""
     group = parser.add_argument_group("conversion")
-    group.add_argument("--method", help="rezero")
+    group.add_argument("--method", metavar="NAME", help=f"{', '.join(METHODS)} (default: {next(iter(METHODS))})")
     group.add_argument("--alpha-init", metavar="X", help="start value of the gates: a number (default 0), or preserve")
     group.add_argument(
         "--drop-norm",
@@ -216,6 +217,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--include", metavar="PATTERN", action="append", help="only modules that match (repeatable)")
     group.add_argument("--exclude", metavar="PATTERN", action="append", help="no modules that match (repeatable)")
     group.add_argument("--share", metavar="HOW", help="one alpha per branch (default) or layer")
+    group.add_argument("--granularity", metavar="HOW", help="one number a gate: scalar, or one a channel: channel")
     group.add_argument("--long-skips", action="store_true", default=None, help="gate long skips too")
     group = parser.add_argument_group("talk")
     group.add_argument("--no-color", action="store_true", help="no colors; the variable NO_COLOR does the same")
@@ -235,7 +237,8 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
     from .options import options
     from .settings import project_settings
 
-    names = ("method", "alpha_init", "drop_norm", "activation", "include", "exclude", "share", "long_skips")
+    names = ["method", "alpha_init", "drop_norm", "activation", "include", "exclude", "share", "long_skips"]
+    names += ["granularity"]
     given = project_settings(Path.cwd(), names)
     try:
         options(**given)
@@ -473,7 +476,7 @@ def _rewrite(file: _File, arguments: argparse.Namespace, given: dict[str, Any]) 
         with targets.quiet_stdout(), targets.told(f"{file.name}: --model {arguments.model!r}"):
             result = dataclasses.replace(result, drawing=drawing.drawn_report(result.report, model, inputs))
     if result.changed:
-        proof = fresh.prove(path, result.text, arguments.model, arguments.inputs)
+        proof = fresh.prove(path, result.text, arguments.model, arguments.inputs, given)
         if not proof.ok:
             first, *more = proof.failures
             others = f" (and {len(more)} more)" if more else ""

@@ -32,4 +32,8 @@ CODES: dict[str, str] = {
     "RZ916": "a merge inside a larger structure: the sum is not what the module returns",
     "RZ917": "shares its text with an instance that cannot be gated",
     "RZ918": "half of a reversible pair of adds",
+    "RZ919": "a block that the method's form cannot be written for",
 }
+
+BLOCKS_LEFT = frozenset({"RZ900", "RZ909", "RZ911", "RZ912", "RZ913", "RZ918", "RZ919"})
+"""Refusals of what is a residual block."""

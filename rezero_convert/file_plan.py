@@ -13,6 +13,7 @@ from . import sources
 from .capture import capture, check_runs, static
 from .detect import detect
 from .errors import ConversionError
+from .methods import METHODS, by_depth
 from .plan import Norm, Options, Plan, Site, Span
 from .rewrite import source
 
@@ -24,12 +25,16 @@ def written(text: str, file: str, options: Options) -> Plan:
         ConversionError: the text has a syntax error.
     """
     sources.register(file, text)
-    plans = [detect(trace, options) for trace in static.traces(file)]
+    traces = static.traces(file)
+    plans = [detect(trace, options) for trace in traces]
     sites = _by_place((site for plan in plans for site in plan.sites), file)
+    held = {call.cls for trace in traces for call in trace.calls if call.cls != trace.root.cls}
+    whole = [plan for plan, trace in zip(plans, traces, strict=True) if trace.root.cls not in held]
+    sites = _nested(sites, [site for plan in whole for site in plan.sites])
     notes = tuple(dict.fromkeys(note for plan in plans for note in plan.notes))
     done = {site.span: site for site in sites if site.verdict == "converted" and site.span is not None}
     kept = frozenset(call for plan in plans for call in _kept(plan, done))
-    sites = tuple(_norms_of_text(site, kept) for site in sites)
+    sites = tuple(_told_by_text(_norms_of_text(site, kept), options) for site in sites)
     return Plan(sites, options, "static", sum(plan.scalars for plan in plans), notes)
 
 
@@ -52,11 +57,32 @@ def recorded(text: str, file: str, model: nn.Module, example_inputs: Any, option
     ran = {site.span for site in here}
     found = written(text, file, options).sites
     by_span = {site.span: site for site in found if site.verdict == "converted"}
-    here = [_completed(site, by_span.get(site.span)) for site in here]
+    here = [_completed(_told_by_text(site, options, recorded=True), by_span.get(site.span)) for site in here]
     rest = [site for site in found if site.span not in ran]
     others = [_unreached(site) if site.place and site.place.cls in made else _by_text(site) for site in rest]
     sites = sorted([*here, *(site for site in others if site is not None)], key=_by_span)
     return dataclasses.replace(plan, sites=tuple(sites))
+
+
+_NO_TEXT = "a start value that code elsewhere may set again is not to be changed in a file: convert the model in memory"
+
+
+def _told_by_text(site: Site, options: Options, *, recorded: bool = False) -> Site:
+    """The site, refused where its gates depend on more than the text of a class."""
+    if site.verdict != "converted":
+        return site
+    if recorded and not (METHODS[options.method].norm_gate or METHODS[options.method].biases):
+        return site
+    if by_depth(options) and not METHODS[options.method].biases:
+        reason = f"method {options.method!r} depends on the number of blocks: pass --model and --inputs"
+        reason += "" if METHODS[options.method].by_site else ", or alpha_init"
+    elif METHODS[options.method].norm_gate or METHODS[options.method].biases:
+        return dataclasses.replace(site, **{**_REFUSED, "code": "RZ919"}, reason=_NO_TEXT)
+    elif any(gate.shape == (0,) and (gate.loops or not gate.size) for gate in site.gates):
+        reason = "the text does not tell how many channels the branch has: pass --model and --inputs"
+    else:
+        return site
+    return dataclasses.replace(site, **{**_REFUSED, "code": "RZ915"}, reason=reason)
 
 
 def _kept(plan: Plan, done: Mapping[Span, Site]) -> Iterator[tuple[Span, str]]:
@@ -185,6 +211,19 @@ def _by_place(sites: Iterable[Site], file: str) -> tuple[Site, ...]:
     return tuple(best[span] for span in sorted(best))
 
 
+def _nested(sites: Iterable[Site], seen: Iterable[Site]) -> tuple[Site, ...]:
+    """The findings, less the blocks of classes that serve in other blocks' branches only.
+
+    Args:
+        sites: per add, from as near by as possible.
+        seen: from the classes that no other class of the file holds.
+    """
+    seen = tuple(seen)
+    done = {site.span for site in seen if site.verdict == "converted"}
+    inside = {site.span: site for site in seen if site.verdict == "interior" and site.span not in done}
+    return tuple(inside.get(site.span, site) for site in sites)
+
+
 def _distance(site: Site) -> tuple[bool, bool, bool]:
     """How far the context of a static finding is from its class; a block found from afar beats a refusal at home."""
     own = site.place is not None and site.place.cls == site.cls
@@ -240,7 +279,8 @@ def recheck(before: str, after: str, file: str, options: Options, *, again: bool
 
 
 _REFUSED: dict[str, Any] = {
-    "verdict": "refused", "code": "RZ912", "gates": (), "norms": (), "activation": None, "repairs": (), "form": ""
+    "verdict": "refused", "code": "RZ912", "gates": (), "norms": (), "activation": None, "repairs": (), "form": "",
+    "skip_gate": None, "shifts": (),
 }  # fmt: skip
 
 

@@ -27,6 +27,7 @@ from .plan import Operand, Place, Site, Span
 from .rewrite import modules
 from .rewrite.changes import Added, Emptied, Folded, Overwritten, delete, note, overwrite, put, rebind, set_class
 from .rewrite.instances import edited_method, find
+from .rewrite.marker import mark_folded
 from .rewrite.recompile import bypassed, same
 from .rewrite.subclass import EditedMethod, Recipe, code_changes, converted_class, recipe_of
 from .validation.running import run_model
@@ -122,7 +123,8 @@ def _gates(model: nn.Module) -> list[_Gate]:
         for name in owner.__dict__.get("rezero_gates", ()):
             parameter = owner.get_parameter(name)
             holder = owner.get_submodule(name.rpartition(".")[0])
-            found.setdefault(id(parameter), _Gate(owner, at, name, paths[id(parameter)], parameter, holder))
+            if of_class(type(holder)).kind != "norm":  # a norm's weight is where a gate would be folded to
+                found.setdefault(id(parameter), _Gate(owner, at, name, paths[id(parameter)], parameter, holder))
     return list(found.values())
 
 
@@ -366,6 +368,7 @@ def _record(undo: ExitStack, model: nn.Module, folds: list[_Fold], stays: dict[s
     where = {(one.gate.at, one.gate.name): ", ".join(one.weights) for one in folds}
     sites = tuple(_folded(site, where, stays) for site in plan.sites)
     put(undo, model.__dict__, "rezero_plan", dataclasses.replace(plan, sites=sites))
+    mark_folded(undo, model, (one.gate.path for one in folds))
 
 
 def _folded(site: Site, where: dict[tuple[str, str], str], stays: dict[str, str]) -> Site:

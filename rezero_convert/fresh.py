@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,12 @@ class Proof:
         return len(self.details["blocks"])
 
 
-def prove(file: Path, rewritten: str, model: str, inputs: str | None) -> Proof:
+def prove(
+    file: Path, rewritten: str, model: str, inputs: str | None, options: Mapping[str, Any] | None = None
+) -> Proof:
     """Import `rewritten` in the place of `file` in a fresh process, and validate the model built from it.
+
+    `options` are those of the conversion.
 
     Raises:
         ConversionError: the rewritten text cannot be imported, the model not built, or not run.
@@ -46,7 +51,8 @@ def prove(file: Path, rewritten: str, model: str, inputs: str | None) -> Proof:
     with tempfile.TemporaryDirectory(prefix="rezero_convert_") as folder:
         text_file, result_file = Path(folder, file.name), Path(folder, "result.json")
         text_file.write_bytes(rewritten.encode())
-        request = {"file": str(file), "text": str(text_file), "model": model, "inputs": inputs, "to": str(result_file)}
+        request: dict[str, Any] = {"file": str(file), "text": str(text_file), "model": model, "inputs": inputs}
+        request |= {"to": str(result_file), "options": dict(options or {})}
         run = subprocess.run(
             [sys.executable, "-m", __name__, json.dumps(request)],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(_import_path())},
@@ -84,6 +90,7 @@ def _quoted(path: str) -> str:
 def _validate(asked: dict[str, Any]) -> dict[str, Any]:
     import torch
 
+    from .options import options
     from .targets import evaluate, load, model_of, quiet_stdout
     from .validation import validate
 
@@ -92,7 +99,7 @@ def _validate(asked: dict[str, Any]) -> dict[str, Any]:
     model = model_of("--model", asked["model"], namespace)
     inputs = None if asked["inputs"] is None else evaluate("--inputs", asked["inputs"], namespace)
     with quiet_stdout():
-        found = validate(model, inputs)
+        found = validate(model, inputs, options=options(**asked["options"]))
     return found.to_dict()
 
 

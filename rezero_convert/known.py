@@ -30,3 +30,18 @@ def reads_are_dead(cls: type) -> bool:
 def text_is_of_torch(file: str, qualname: str) -> bool:
     """Whether a class read from text is one of those."""
     return any(inspect.getsourcefile(row[0]) == file and row[0].__qualname__ == qualname for row in FAST_PATHS)
+
+
+DEPTH = "num_hidden_layers"
+"""Where a transformers configuration keeps the number of layers: its `attribute_map` leads other names (`n_layer`) to
+it. Caches are made, and some lists of layers cut, by it."""
+
+PER_LAYER = ("layer_types", "mlp_layer_types", "no_rope_layers")
+"""Where a transformers configuration keeps lists with an entry for each layer; caches and masks are chosen by them."""
+
+LAYER_INDEX = "layer_idx"
+"""Where a transformers layer keeps its position, by which it finds its cache."""
+
+RESETS = ("reset_parameters", "_reset_parameters")
+"""What torch.nn calls the method that initializes a module's own parameters anew; `nn.MultiheadAttention` has the
+second."""

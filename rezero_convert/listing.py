@@ -28,12 +28,12 @@ def where_of(span: Span | None) -> str:
     """`file:line:col`, the file relative to the working directory or to the place it is imported from."""
     if span is None:
         return "(no source)"
-    return f"{short(span.file)}:{span.line}:{span.col + 1}"
+    return f"{short(span.file)}{str(span).removeprefix(span.file)}"
 
 
 def short(file: str, limit: int = 60) -> str:
     """A file's name as short as it stays clear; of a very long one the end."""
-    file = _relative(file)
+    file = file.partition(" ")[0] if file.startswith("<eval_with_key>") else _relative(file)
     if len(file) <= limit:
         return file
     parts = file.split(os.sep)

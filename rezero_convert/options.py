@@ -9,15 +9,14 @@ from difflib import get_close_matches
 from typing import Any, Literal, cast
 
 from .errors import ConversionError
+from .methods import METHODS, UNWRITTEN
 from .plan import NORM_KINDS, NormKind, Options
-
-METHODS = ("rezero",)
 
 
 def options(**given: Any) -> Options:
     """The options of `convert` and `audit`, on every route.
 
-    A missing option, or one given as None, has its default. With `alpha_init="preserve"` the defaults are
+    A missing option, or one given as None, has the method's default. With `alpha_init="preserve"` the defaults are
     `drop_norm="none"` and `activation="keep"`, so that a converted model computes what it computed before.
 
     Raises:
@@ -28,20 +27,33 @@ def options(**given: Any) -> Options:
         if name not in names:
             raise ConversionError(unknown("option", name, names))
     given = {name: value for name, value in given.items() if value is not None}
-    alpha_init = _alpha_init(given.get("alpha_init", 0.0))
+    if given.get("method") in UNWRITTEN:
+        raise ConversionError(f"method {given['method']!r} cannot be written as yet: {UNWRITTEN[given['method']]}")
+    name = _one_of("method", given.get("method", "rezero"), tuple(METHODS))
+    method = METHODS[name]
+    start = None if callable(method.init) else method.init
+    alpha_init = _alpha_init(given["alpha_init"]) if "alpha_init" in given else start
     preserve = alpha_init == "preserve"
-    activation = _one_of("activation", given.get("activation", "keep" if preserve else "branch"), ("branch", "keep"))
+    if preserve and not method.preserves:
+        raise ConversionError(f"alpha_init='preserve': method {name!r} changes what a block computes at any gate")
+    drop_norm = _drop_norm(given.get("drop_norm", "none" if preserve else method.drop_norm or "none"))
+    if method.norm_gate and (drop_norm or given.get("alpha_init")):
+        raise ConversionError(f"method {name!r} keeps the norms and starts at 0: no drop_norm, no alpha_init")
+    activation = given.get("activation", "keep" if preserve else method.activation)
+    activation = _one_of("activation", activation, ("branch", "keep"))
+    granularity = _one_of("granularity", given.get("granularity", method.granularity), ("scalar", "channel"))
     share = _one_of("share", given.get("share", "branch"), ("branch", "layer"))
     return Options(
-        method=_one_of("method", given.get("method", "rezero"), METHODS),
+        method=name,
         alpha_init=alpha_init,
-        drop_norm=_drop_norm(given.get("drop_norm", "none" if preserve else "layer")),
+        drop_norm=drop_norm,
         activation=cast(Literal["branch", "keep"], activation),
         include=_patterns("include", given.get("include", ())),
         exclude=_patterns("exclude", given.get("exclude", ())),
         share=cast(Literal["branch", "layer"], share),
         long_skips=_flag("long_skips", given.get("long_skips", False)),
         norm_types=_classes(given.get("norm_types", ())),
+        granularity=cast(Literal["scalar", "channel"], granularity),
     )
 
 

@@ -31,7 +31,7 @@ class Span:
     end_col: int
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}:{self.col + 1}"
+        return f"{self.file}:{self.line}:{self.col + 1}" if self.col >= 0 else f"{self.file}:{self.line}"
 
     def contains(self, other: Span) -> bool:
         """Whether `other` lies within this range (equal ranges do)."""
@@ -97,6 +97,28 @@ class Loop:
 
 
 @dataclass(frozen=True, slots=True)
+class Scale:
+    """How an alpha scales an operand: `factor * map(alpha)`."""
+
+    map: Literal["", "relu", "complement", "shift"] = ""
+    """complement: 1 - alpha. shift: no factor, added to the operand."""
+    factor: float = 1.0
+    trailing: int = 0
+    """How many dimensions of the operand follow that of the channels, for an alpha of shape (C,)."""
+
+
+@dataclass(frozen=True, slots=True)
+class SkipGate:
+    """What scales the skip of a block, where a method says so."""
+
+    at: Operand
+    alpha: str = ""
+    """The gate of the branch; "" for a constant, `scale.factor`."""
+    scale: Scale = Scale()
+    loops: tuple[Loop, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Gate:
     """The gate of one residual branch."""
 
@@ -118,6 +140,10 @@ class Gate:
     loops: tuple[Loop, ...] = ()
     """The add is in loops, outermost first: `alpha` names a `ParameterList`, one parameter a pass; in nested loops a
     `ModuleList` of such lists."""
+    scale: Scale = Scale()
+    trainable: bool = True
+    size: str = ""
+    """What of the owner tells the number of channels, as written below `self`: "conv2.out_channels"."""
     members: tuple[str, ...] = ()
     """The paths of the parameters below `alpha` where there are loops: "0", "1" or "0.0", "0.1"; empty where the passes
     are not known (static route)."""
@@ -149,7 +175,8 @@ class Norm:
     attribute: str = ""
     """The attribute path on the class at the call, `norm1` or `mlp.norm`; "" if it is not called as `self.<...>`."""
     bias: str = ""
-    """Path of the convolution or linear layer that gets the zero bias the norm had provided."""
+    """Path of the convolution or linear layer that gets the zero bias the norm had provided; in a graph that does not
+    tell the layers, of its weight."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,14 +192,16 @@ class Activation:
 
 @dataclass(frozen=True, slots=True)
 class Repair:
-    """An undone zero initialization, without which alpha and branch would both have zero gradients for ever."""
+    """Mostly an undone zero initialization, without which alpha and branch would both have zero gradients for ever."""
 
     parameter: str
     """Path from the root: `layer1.0.bn2.weight`."""
-    how: Literal["ones", "reset"]
-    """ones: filled with 1. reset: its module's `reset_parameters()`, or PyTorch's default initialization."""
+    how: Literal["ones", "zeros", "scaled", "reset"]
+    """ones: filled with 1. zeros: with 0, as the method starts. scaled: multiplied by `factor`, as the method starts.
+    reset: its module's `reset_parameters()`, or PyTorch's default initialization."""
     certain: bool = True
     """It is zero now; False where a statement of the file may make it so (static route)."""
+    factor: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +227,9 @@ class Site:
     """The skip as written in the source."""
     skip_kind: Literal["identity", "projection", "slice", ""] = ""
     gates: tuple[Gate, ...] = ()
+    skip_gate: SkipGate | None = None
+    shifts: tuple[Gate, ...] = ()
+    """Biases of one number before the layers of the branch (FixUp)."""
     norms: tuple[Norm, ...] = ()
     activation: Activation | None = None
     repairs: tuple[Repair, ...] = ()
@@ -205,6 +237,14 @@ class Site:
     """How often the add ran."""
     confidence: float = 1.0
     """1 when recorded; less for static findings."""
+    written: Span | None = None
+    """Of an add in the code of a graph: the line of the code that was traced, where the tracer has noted it; the
+    columns are -1."""
+
+    @property
+    def shown(self) -> Span | None:
+        """The place to tell a reader."""
+        return self.written or self.span
 
     @property
     def edited(self) -> bool:
@@ -217,7 +257,8 @@ class Options:
     """What the user asked for; the same names in Python and on the command line."""
 
     method: str = "rezero"
-    alpha_init: float | Literal["preserve"] = 0.0
+    alpha_init: float | Literal["preserve"] | None = 0.0
+    """None leaves it to a method whose start value depends on the depth."""
     drop_norm: tuple[NormKind, ...] = ("layer",)
     activation: Literal["branch", "keep"] = "branch"
     include: tuple[str, ...] = ()
@@ -225,6 +266,7 @@ class Options:
     share: Literal["branch", "layer"] = "branch"
     long_skips: bool = False
     norm_types: tuple[Any, ...] = ()
+    granularity: Literal["scalar", "channel"] = "scalar"
 
     @property
     def preserve(self) -> bool:

@@ -103,7 +103,7 @@ class Report:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """A table where the screen is wide enough for the files' names in a column of their own, else a list."""
         groups = grouped(self.plan.sites)
-        name = max((len(where_of(group.first.span)) for group in groups), default=0)
+        name = max((len(where_of(group.first.shown)) for group in groups), default=0)
         if name + _BESIDE <= options.max_width:
             yield _table(_heading(self), groups, name)
         else:
@@ -145,7 +145,7 @@ def _table(heading: str, groups: Iterable[Sites], name: int) -> Table:
         table.add_column(column, ratio=share, overflow="fold")
     for group in groups:
         site = group.first
-        where = Text(where_of(site.span), style="bold")
+        where = Text(where_of(site.shown), style="bold")
         where.append(f"\n{site.text.strip()}", style="not bold")
         paths = Text(compact(group.paths))
         paths.append(f"\n{', '.join(part for part in (site.cls, site.form) if part)}", style="italic")
@@ -170,7 +170,7 @@ def _listed(group: Sites, width: int) -> Group:
     code = site.text.strip()
     code = code if len(code) <= room else f"{code[: room - 4]} ..."
     rows = [verdict, *(Text(_parted(line, room)) for line in (who, code, *_remarks(group)) if line)]
-    place = Text(_parted(where_of(site.span), width), style="bold")
+    place = Text(_parted(where_of(site.shown), width), style="bold")
     return Group(place, *(Padding(row, (0, 0, 0, 4), expand=False) for row in rows))
 
 
@@ -230,7 +230,7 @@ def _key(site: Site) -> tuple[object, ...]:
     )
     repairs = tuple((_local(repair.parameter, site.path), repair.how) for repair in site.repairs)
     activation = site.activation and (site.activation.type, site.activation.action)
-    place = site.span or (site.path, site.place)
+    place = site.shown or (site.path, site.place)
     reason = DIGITS.sub("#", site.reason.replace(f"{site.path}.", "") if site.path else site.reason)
     return (place, site.verdict, site.code, site.cls, site.form, reason, gates, norms, repairs, activation)
 
@@ -247,7 +247,8 @@ def _group_dict(group: Sites) -> dict[str, Any]:
         "form": site.form,
         "reason": site.reason,
         "span": as_dict(site.span),
-        "where": where_of(site.span),
+        "shown": as_dict(site.shown),
+        "where": where_of(site.shown),
         "text": site.text.strip(),
         "class": site.cls,
         "paths": list(group.paths),
@@ -263,7 +264,9 @@ def _group_dict(group: Sites) -> dict[str, Any]:
 
 def _heading(report: Report) -> str:
     options = report.plan.options
-    asked = f"alpha {options.alpha_init}, norms dropped: {', '.join(options.drop_norm) or 'none'}"
+    start = "by depth" if options.alpha_init is None else options.alpha_init
+    method = "" if options.method == "rezero" else f"{options.method}, "
+    asked = f"{method}alpha {start}, norms dropped: {', '.join(options.drop_norm) or 'none'}"
     state = "converted" if report.converted else "audit"
     route = f" ({report.plan.route})" if report.plan.route else ""
     return f"{report.title or 'model'}: {state}{route}; {asked}, activation: {options.activation}"
@@ -273,7 +276,7 @@ def _block(group: Sites) -> list[str]:
     """A group as text: the line to grep for, the source, the remarks."""
     site = group.first
     times = f" (x {len(group.paths)})" if len(group.paths) > 1 else ""
-    kind = " ".join(part for part in (where_of(site.span), site.code, site.verdict, site.form) if part)
+    kind = " ".join(part for part in (where_of(site.shown), site.code, site.verdict, site.form) if part)
     who = ", ".join(part for part in (compact(group.paths) + times, site.cls, *group.alphas) if part)
     head = f"{kind}: {who}"
     code = textwrap.shorten(site.text.strip(), WIDTH - 4, placeholder=" ...") if site.text.strip() else ""
@@ -288,6 +291,7 @@ def _remarks(group: Sites) -> list[str]:
     for gate in site.gates:
         if gate.existing:
             found.append(f"gate {gate.alpha} was there{'' if gate.init is None else f', set to {gate.init:g}'}")
+    found += [f"biases of one number: {compact(shift.alpha for shift in site.shifts)}"] if site.shifts else []
     found += [_norm_remark(norm, site) for norm in site.norms]
     if site.activation is not None:
         moved = site.activation.action == "move"
@@ -305,6 +309,9 @@ def _norm_remark(norm: Norm, site: Site) -> str:
 
 
 def _repair_remark(repair: Repair, site: Site) -> str:
+    if repair.how in ("zeros", "scaled"):
+        change = "set to 0" if repair.how == "zeros" else f"multiplied by {repair.factor:.4g}"
+        return f"{_local(repair.parameter, site.path)} {change}"
     how = "filled with ones" if repair.how == "ones" else "initialized anew"
     return f"zero init of {_local(repair.parameter, site.path)} undone: {how}"
 

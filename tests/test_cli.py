@@ -100,7 +100,7 @@ def error(capsys: pytest.CaptureFixture[str]) -> str:
         pytest.param(["net.py", "--write", "--check"], "not allowed with argument", id="write and check"),
         pytest.param(["net.py", "--drop-norm", "layr"], "did you mean 'layer'?", id="misspelt kind"),
         pytest.param(["net.py", "--alpha-init", "big"], "a finite number or 'preserve'", id="alpha"),
-        pytest.param(["net.py", "--method", "fixup"], "(valid: rezero)", id="method"),
+        pytest.param(["net.py", "--method", "fixpu"], "unknown method 'fixpu' (valid: rezero, ", id="method"),
         pytest.param(["missing.py"], "missing.py: no such file or folder", id="missing file"),
         pytest.param(["empty"], "empty: no .py files in this folder", id="empty folder"),
         pytest.param(["latin.py"], "latin.py:2: not UTF-8", id="encoding"),

@@ -83,6 +83,28 @@ def test_the_gates_have_a_rate_of_their_own() -> None:
     assert moved == {name for name, _ in rz.alphas(net)}
 
 
+@pytest.mark.parametrize(
+    ("name", "times"), [("SGD", 1), ("Adagrad", 1), ("Adam", 10), ("AdamW", 10), ("RMSprop", 10), ("Adafactor", 30)]
+)
+def test_the_gates_rate_follows_the_family_unless_it_is_given(name: str, times: float) -> None:
+    net, family = model(), getattr(torch.optim, name)
+    assert rz.param_groups(net, lr=0.5, optimizer=family)[1]["lr"] == 0.5 * times
+    assert rz.param_groups(net, lr=0.5, alpha_lr=0.25, optimizer=family)[1]["lr"] == 0.25
+    assert "lr" not in rz.param_groups(net, optimizer=family)[1]
+
+
+def test_adafactor_hardly_moves_a_gate_at_the_weights_rate() -> None:
+    moved = []
+    for times in (1, 30):
+        net = model()
+        optimizer = torch.optim.Adafactor(rz.param_groups(net, lr=0.01, alpha_lr=0.01 * times))
+        net(torch.ones(8, 8)).square().sum().backward()
+        optimizer.step()
+        moved.append(max(abs(alpha.item()) for _, alpha in rz.alphas(net)))
+    assert 0 < moved[0] < 2e-5
+    assert moved[1] == pytest.approx(30 * moved[0], rel=1e-3)
+
+
 def test_muon_takes_the_matrices_and_another_optimizer_the_gates() -> None:
     net = model()
     weights, gates = rz.param_groups(net, lr=0.01, alpha_lr=0.1)

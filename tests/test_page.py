@@ -261,9 +261,15 @@ def test_the_source_around_an_add_is_that_of_the_report() -> None:
     report = hostile()
     sources.register("net.py", "a = 1\nedited = True\n")
     assert not parsed(report.to_html()).of("pre")
-    assert not parsed(
-        replace(report, plan=replace(report.plan, sites=(replace(report.plan.sites[0], span=None),))).to_html()
-    ).of("pre")
+    placeless = replace(report.plan.sites[0], span=None)
+    assert not parsed(Report(replace(report.plan, sites=(placeless,))).to_html()).of("pre")
+
+
+def test_of_a_graph_the_source_around_is_what_was_traced() -> None:
+    exported = torch.export.export(Chain(), (vectors(),)).module()
+    page = parsed(rz.audit(exported, vectors()).to_html())
+    hits = [one.text.split(maxsplit=1)[1] for one in page.of("span", class_="hit")]
+    assert hits == ["x = x + torch.tanh(self.a(x))", "return self.b(x) + self.a(x)"]
 
 
 def test_a_page_without_adds() -> None:
@@ -287,6 +293,13 @@ def test_what_was_checked_and_measured(tmp_path: Path) -> None:
     assert [one.text for one in failed.of("span", class_="failed")] == ["does not hold", "FAILED", "FAILED"]
     assert [one.text for one in failed.of("span", class_="choice")] == ["by choice"]
     assert "zero" in failed.section("isometry").split()
+
+
+def test_an_isometry_is_shown_as_it_is_computed() -> None:
+    model = rz.convert(Chain(), vectors())
+    page = parsed(rz.audit(model).to_html(isometry=rz.isometry(model, vectors())))
+    assert "from layers.0 to layers.11 (exact): mean square " in page.section("isometry")
+    assert page.of("span", class_="bar")
 
 
 def test_a_converted_model_by_its_record_or_by_its_code(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def plan() -> Plan:
         pytest.param({"alpha_init": True}, "finite", id="alpha a bool"),
         pytest.param({"activation": "brnch"}, "did you mean 'branch'?", id="activation"),
         pytest.param({"share": "model"}, "valid: branch, layer", id="share"),
-        pytest.param({"method": "fixup"}, "unknown method 'fixup' (valid: rezero)", id="method"),
+        pytest.param({"method": "fixpu"}, "unknown method 'fixpu' (valid: rezero, ", id="method"),
         pytest.param({"include": [1]}, "include must hold strings", id="pattern of the wrong type"),
         pytest.param({"exclude": "a,,b"}, "exclude: an empty pattern", id="empty pattern"),
         pytest.param({"long_skips": "yes"}, "long_skips must be True or False", id="flag"),

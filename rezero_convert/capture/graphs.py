@@ -10,6 +10,8 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -181,7 +183,8 @@ class _Unflattening:
                 continue
             leaf = str(source.target) if source.op == "call_module" else ""
             call, frames = self._placed(source, here.frames, leaf)
-            node.meta["origin"] = dataclasses.replace(here, call=call, frames=frames)
+            written = _written(source.stack_trace or "")
+            node.meta["origin"] = dataclasses.replace(here, call=call, frames=frames, written=written)
             span = frames[0].span
             same.setdefault(span, self._canonical(call, here, span))
         self._connect()
@@ -271,6 +274,16 @@ def _around(node: fx.Node, new: set[Call]) -> set[Call]:
             found.add(call)
         call = call.parent
     return found
+
+
+def _written(stack: str) -> Span | None:
+    """The innermost line of a tracer's note that is of a model's code: `File "model.py", line 3, in forward`."""
+    frames = [found for found in _FRAME.findall(stack) if not _OF_TRACERS.search(found[0].replace(os.sep, "/"))]
+    return Span(frames[-1][0], int(frames[-1][1]), -1, int(frames[-1][1]), -1) if frames else None
+
+
+_FRAME = re.compile(r'^ *File "(.+)", line (\d+), in ', re.MULTILINE)
+_OF_TRACERS = re.compile(r"/torch/(nn/modules/module\.py$|(fx|_dynamo|_export|export|_higher_order_ops|utils)/)")
 
 
 def _entries(node: fx.Node) -> Iterator[tuple[str, str, Any]]:

@@ -194,6 +194,8 @@ def _placeholders(signature: ast.arguments, scope: Scope) -> None:
             continue
         at = ast.copy_location(ast.Name(arg.arg, ast.Load()), arg)
         node = emit(scope, "placeholder", arg.arg, (), {}, Facts("input", "input"), at)
+        default = defaults.get(arg.arg)
+        node.meta["left out"] = isinstance(default, ast.Constant) and default.value is None
         scope.env[arg.arg] = node
         scope.call.inputs.append(node)
     if signature.kwarg is not None:

@@ -6,7 +6,7 @@ import ast
 import dataclasses
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from .. import sources
 from ..plan import Place
@@ -47,12 +47,13 @@ from .static_values import (
     frames,
     is_absent,
     is_callable,
+    join,
     join_all,
     nodes_of,
     opaque,
     plain,
 )
-from .trace import Call
+from .trace import Call, origin
 
 _shared: dict[Any, dict[str, Value]] = {}
 
@@ -66,6 +67,15 @@ def call_module(instance: Instance, arguments: Arguments, at: ast.expr, scope: S
     """`self.attribute(...)`."""
     if not scope.live:
         return UNKNOWN
+    result = _called(instance, arguments, at, scope)
+    if not instance.module.bypassed or not isinstance(result, fx.Node) or not arguments.args:
+        return result
+    own = module_facts(instance.module)
+    weight = own.weight or origin(result).facts.weight  # a projection, not a LayerScale or DropPath
+    return join(result, arguments.args[0], scope, at) if weight and own.kind == "other" else result
+
+
+def _called(instance: Instance, arguments: Arguments, at: ast.expr, scope: Scope) -> Value:
     module = instance.module
     if module.cls is not None:
         found = method(module.cls, "forward")

@@ -84,6 +84,8 @@ class Module:
     constructor: str = ""
     """Source text of a parameter's initial value."""
     optional: bool = False
+    bypassed: bool = False
+    """Under a condition an identity takes its place."""
     attributes: dict[str, Value] = field(default_factory=dict)
     """What `__init__` sets; filled when first asked for."""
 
@@ -398,9 +400,9 @@ def is_absent(value: Value | None) -> bool:
 
 
 def is_identity(value: Value) -> bool:
-    return (isinstance(value, Module) and value.torch is nn.Identity) or (
-        isinstance(value, Known) and value.obj is nn.Identity
-    )
+    if isinstance(value, Module):
+        return value.torch is nn.Identity or (value.torch is nn.Sequential and not value.elements)
+    return isinstance(value, Known) and value.obj is nn.Identity
 
 
 def is_callable(value: Value) -> bool:
@@ -475,11 +477,19 @@ def join_environments(
     for name, value in a.items():
         other = b.get(name)
         if other is not value:
-            merged[name] = join(value, other, scope, at)
+            given = _instead(name, value, other) or _instead(name, other, value)
+            merged[name] = given if given is not None else join(value, other, scope, at)
     for name, value in b.items():
         if name not in a:
             merged[name] = join(None, value, scope, at)
     return merged
+
+
+def _instead(name: str, value: Value | None, other: Value | None) -> fx.Node | None:
+    """What stands for an argument that is left out, as in `if query is None: query = x` where x is an argument too."""
+    if not isinstance(value, fx.Node) or not isinstance(other, fx.Node) or {value.op, other.op} != {"placeholder"}:
+        return None
+    return other if value.meta.get("left out") and value.target == name else None
 
 
 def _join_modules(a: Value | None, b: Value | None) -> Value:
@@ -490,8 +500,10 @@ def _join_modules(a: Value | None, b: Value | None) -> Value:
         if a.role == "list" and b.role == "list" and (not a.elements or not b.elements):
             return a if a.elements else b
         if is_identity(a) != is_identity(b):
-            return optionally(b if is_identity(a) else a)
+            return dataclasses.replace(optionally(b if is_identity(a) else a), bypassed=True)
         kept = b if a.role == "opaque" else a
+        if a.bypassed or b.bypassed:
+            return dataclasses.replace(optionally(kept), bypassed=True)
         return optionally(kept) if a.optional or b.optional else kept
     if is_absent(b):
         if is_identity(a) and b == UNKNOWN:

@@ -60,6 +60,8 @@ class Origin:
     shape: tuple[int, ...] | None = None
     dtype: torch.dtype | None = None
     """None where unknown (static route) or where the value is a tuple."""
+    written: Span | None = None
+    """The line of the code that a graph was traced from, where its tracer has noted it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,10 +17,12 @@ from ..capture.static import adds, exclusive, traces
 from ..capture.trace import Frame, Trace, origin
 from ..errors import ConversionError
 from ..listing import compact
+from ..methods import applied
 from ..plan import Gate, Norm, Options, Place, Plan, Site, Span
 from . import arms, code, loops, names, norms
+from .biases import headed
 from .blocks import Block, Nested, Refusal, find, owner_call
-from .drafts import Draft, class_name, frame_of, is_gated, of_block, relative, request, site_of, unwanted
+from .drafts import Draft, class_name, is_gated, of_block, relative, request, site_of, unwanted
 from .flow import Flow, flow
 
 __all__ = ["detect"]
@@ -41,7 +43,8 @@ def detect(trace: Trace, options: Options | None = None) -> Plan:
     drafts = _post_norms(facts, drafts, options)
     others = _unexecuted(facts, drafts, options)
     drafts = _settle_norms(facts, _merge(facts, drafts, refusals), others)
-    sites = _named(facts, drafts, others, options)
+    sites = applied(_named(facts, drafts, others, options), options)
+    sites = headed(facts, sites, options)
     sites += [_refused(facts, refusal) for refusal in refusals]
     sites += [_nested(facts, one) for one in nested if one.block not in gated_long]
     sites += [_hidden(facts, frames) for frames in trace.hidden]
@@ -155,6 +158,8 @@ def _settle_norms(flow: Flow, drafts: list[Draft], others: list[arms.Arm]) -> li
 
 def _where(flow: Flow, node: int) -> str:
     frame = norms.frame_of(flow, node)
+    if (written := flow.origin(node).written) is not None:
+        return str(written)
     return str(frame.span) if frame is not None else "a place without source text"
 
 
@@ -220,7 +225,7 @@ def _merged(flow: Flow, group: list[Draft], refused: bool) -> Draft:
         weights = [relative(weight, site.path) for draft in passes for weight in _weights(draft, number, gate)]
         recorded = flow.trace.model is not None
         single = len(weights) == 1 and "*" not in weights[0]
-        if single and (not weights[0] or gate.at is None):
+        if (single and (not weights[0] or gate.at is None)) or _is_generated(flow, gate, weights):
             continue
         if "" in weights:
             return _undecided(first, site, "the add runs several times, for branches that lie outside its module")
@@ -246,6 +251,11 @@ def _merged(flow: Flow, group: list[Draft], refused: bool) -> Draft:
     repairs = tuple(dict.fromkeys(repair for draft in group for repair in draft.site.repairs))
     merged = replace(site, gates=tuple(made), repairs=repairs)
     return replace(first, site=merged, members=members, requests=tuple(requests))
+
+
+def _is_generated(flow: Flow, gate: Gate, weights: list[str]) -> bool:
+    """Whether a gate for one branch is in generated code, which has no loops."""
+    return gate.at is not None and gate.at.span in flow.trace.generated and len(set(weights)) == 1
 
 
 def _distinct(draft: Draft) -> Draft:
@@ -281,7 +291,9 @@ def _undecided(draft: Draft, site: Site, reason: str) -> Draft:
 
 
 def _bare(site: Site) -> Site:
-    return replace(site, gates=(), norms=(), activation=None, repairs=(), skip="", skip_kind="")
+    return replace(
+        site, gates=(), norms=(), activation=None, repairs=(), skip="", skip_kind="", skip_gate=None, shifts=()
+    )
 
 
 def _named(flow: Flow, drafts: list[Draft], others: list[arms.Arm], options: Options) -> list[Site]:
@@ -384,7 +396,7 @@ def _form(site: Site) -> str:
         words.append(f"{len(branches)} parallel branches")
     if any(gate.existing for gate in site.gates):
         words.append("existing gate")
-    if site.repairs:
+    if any(repair.how in ("ones", "reset") for repair in site.repairs):
         words.append("zero-initialised last layer")
     return ", ".join(words)
 
@@ -413,8 +425,8 @@ def _hidden(flow: Flow, frames: tuple[Frame, ...]) -> Site:
 
 def _nested(flow: Flow, nested: Nested) -> Site:
     site = site_of(flow, nested.block.sum, nested.verdict, {"long-skip": "RZ130", "interior": "RZ131"}[nested.verdict])
-    other = frame_of(flow, nested.other.sum.node)
-    where = str(other.span) if other is not None else "another add"
+    other = site_of(flow, nested.other.sum, nested.verdict, "").shown
+    where = str(other) if other is not None else "another add"
     reason = (
         f"spans the block at {where}" if nested.verdict == "long-skip" else f"inside the branch of the block at {where}"
     )

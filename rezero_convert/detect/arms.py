@@ -97,7 +97,10 @@ def as_site(arm: Arm, gone: frozenset[str], alphas: tuple[str, ...]) -> Site:
         activation = replace(activation, at=_at(activation.at, arm.place))
     reason = f"adds the same branch as {arm.twin.span}, and gets the same gate"
     own = tuple(norm for norm in norms(arm) if norm.path in gone)
-    return replace(found, gates=gates, norms=own, activation=activation, reason=reason, repairs=())
+    skip = found.skip_gate and replace(found.skip_gate, at=_at(found.skip_gate.at, arm.place))
+    if arm.twin.shifts:  # the layers before the arms have them already
+        found = replace(found, shifts=())
+    return replace(found, gates=gates, skip_gate=skip, norms=own, activation=activation, reason=reason, repairs=())
 
 
 def _is_for_training(arm: Arm) -> bool:

@@ -294,10 +294,10 @@ def _carried(flow: Flow, node: int, *, pooled: bool = False) -> Iterator[int]:
 
 def _leads_to(flow: Flow, node: int, target: int) -> bool:
     """Whether one arm of a choice is a shortcut's projection of the other, be it by a module of unknown class."""
-    unknown = flow.nodes[node].op == "call_module" and flow.facts[node].kind == "other"
-    if unknown and flow.inputs[node] == (target,):
-        return True
-    found: int | None = node
+    if flow.name(node) == "choice":
+        return all(arm == target or _leads_to(flow, arm, target) for arm in flow.inputs[node])
+    unknown = flow.nodes[node].op == "call_module" and flow.facts[node].kind == "other" and len(flow.inputs[node]) == 1
+    found: int | None = flow.inputs[node][0] if unknown else node
     while found is not None and found > target:
         found = _linear_source(flow, found)
     return found == target
@@ -369,7 +369,10 @@ def _projection(
     call = _joining_call(flow, whole.node)
     if flow.nodes[skip] not in call.inputs and not _within(flow.origin(skip).call, call):
         return Refusal(whole, "RZ904", "skip and branch part outside the module that adds them", 1)
-    if not is_flat(call.module) and not _is_output(flow, whole.node, call, path):
+    if any(skip in _arms(flow, branch.term.value) for branch in branches):
+        return Refusal(whole, "RZ903", f"parallel paths that may both be {describe(flow, skip)} itself", 2)
+    maybe_identity = all(_is_scale(flow, node) or flow.name(node) == "choice" for node in path)
+    if not maybe_identity and not is_flat(call.module) and not _is_output(flow, whole.node, call, path):
         return Refusal(whole, "RZ916", "the sum is not the output of the module that makes it", 2)
     here, there = flow.shape(whole.node), flow.shape(skip)
     certain = here is not None and there is not None
@@ -394,7 +397,17 @@ def _is_one_convolution(flow: Flow, branch: Branch) -> bool:
 def _is_scale(flow: Flow, node: int) -> bool:
     """Whether a step of a shortcut copies it, multiplies it by a number or parameter, or adds nothing."""
     name = flow.name(node)
-    return name in _COPIES or name in ("mul", "div") or _adds_nothing(flow, node)
+    return name in _COPIES or name in ("mul", "div") or _adds_nothing(flow, node) or _is_stream(flow, node)
+
+
+def _is_stream(flow: Flow, node: int) -> bool:
+    """Whether a value is another one or, under a condition, its norm: the skip of Bloom's and OPT's blocks."""
+    if flow.name(node) != "choice" or not flow.inputs[node]:
+        return False
+    first = min(flow.inputs[node])
+    return all(
+        flow.facts[arm].kind == "norm" and flow.inputs[arm] == (first,) for arm in flow.inputs[node] if arm != first
+    )
 
 
 def _adds_nothing(flow: Flow, node: int) -> bool:
@@ -586,10 +599,14 @@ def _is_carried_by(flow: Flow, node: int, user: int, start: int, wholes: frozens
     """Whether `user` passes on a stream: moves or scales it, adds to it what is computed from it (from `start` on), or
     joins it with other parts of the same whole, be it by writing it back, `x[i] = x[i] + f(x[i])`."""
     others = [source for source in flow.inputs[user] if source != node and not flow.constant[source]]
+    if flow.name(user) == "choice":  # of the sum and what there is without it
+        return all(flow.reaches(start, other) for other in others)
     if flow.name(user) == "cat":
         return any(not wholes.isdisjoint(_carried(flow, other)) for other in others)
     if flow.name(user) == "setitem" and flow.nodes[user].args[-1] is flow.nodes[node]:
         return bool(others) or flow.nodes[user].args[0] is flow.nodes[node]
+    if operands(flow, user) and not others:  # a bias of one number, as FixUp has them
+        return all(prod(flow.shape(source) or (2,)) == 1 for source in flow.inputs[user] if source != node)
     if operands(flow, user) or flow.name(user) == "setitem":
         return bool(others) and all(flow.reaches(other, start) for other in others)
     return not others and (flow.facts[user].kind == "layout" or flow.name(user) in ("mul", "div"))
@@ -601,10 +618,20 @@ def _reversible(flow: Flow, blocks: list[Block]) -> set[int]:
     for block in blocks:
         for branch in block.branches:
             inside = set(branch.region)
-            for node in branch.cuts[:-1]:
-                if _leaves(flow, node, inside) and _is_coupled(flow, node, block.skip):
-                    found |= {node, block.sum.node}
+            for cut in branch.cuts[:-1]:
+                coupled = [node for node in _arms(flow, cut) if _is_coupled(flow, node, block.skip)]
+                if coupled and _leaves(flow, cut, inside):
+                    found |= {*coupled, block.sum.node}
     return found
+
+
+def _arms(flow: Flow, node: int) -> Iterator[int]:
+    """What a conditional value may be, else the value itself."""
+    if flow.name(node) != "choice":
+        yield node
+        return
+    for source in flow.inputs[node]:
+        yield from _arms(flow, source)
 
 
 def _leaves(flow: Flow, node: int, inside: set[int]) -> bool:

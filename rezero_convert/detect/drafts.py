@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 
-from torch import nn
+from torch import fx, nn
 
 from ..capture.trace import Frame
-from ..plan import Activation, Gate, Operand, Options, Repair, Site, Span, Verdict
+from ..methods import METHODS
+from ..plan import Activation, Gate, Operand, Options, Repair, Scale, Site, SkipGate, Span, Verdict
 from . import code, gates, helpers, names, norms
+from .biases import biases
 from .blocks import Block, Branch, describe, has_weight, owner_call
+from .channels import channels
 from .flow import Flow
 from .sums import Sum, Term
 
@@ -40,6 +43,15 @@ def of_block(flow: Flow, block: Block, options: Options) -> Draft:
         number, reason = placed
         return Draft(block, replace(site, verdict="refused", code=str(number), reason=str(reason)))
     site, operands = placed
+    method = METHODS[options.method]
+    if method.biases and len(block.branches) > 1:
+        reason = "several branches are added to one skip, and the method is defined for one"
+        return Draft(block, replace(site, verdict="refused", code="RZ919", reason=reason))
+    if method.skip != "one":
+        scaled = _skip_gate(flow, block, operands)
+        if isinstance(scaled, str):
+            return Draft(block, replace(site, verdict="refused", code="RZ919", reason=scaled))
+        site = replace(site, skip_gate=scaled)
     activation = _activation(flow, block, site, options)
     moved = activation is not None and activation.action == "move"
     members = [member for branch in block.branches for member in norms.of_branch(flow, branch, block, options)]
@@ -48,15 +60,25 @@ def of_block(flow: Flow, block: Block, options: Options) -> Draft:
     weights: list[str] = []
     repairs: list[Repair] = []
     for branch in block.branches:
-        found = gates.existing(flow, branch)
+        found = gates.last_norm(flow, branch) if method.norm_gate else gates.existing(flow, branch)
         settled = _present(flow, site, found)
         if settled is not None:
-            return Draft(block, settled)
+            return Draft(block, replace(settled, skip_gate=None))
+        problem = _unformed(flow, branch, site, found, options)
+        if problem is not None:
+            return Draft(block, replace(site, verdict="refused", code="RZ919", reason=problem, skip_gate=None))
         gate, repair, last = _gate(flow, branch, site, operands[branch.term], found, moved, options)
         made.append(gate)
         weights.append(last)
         requests.append(None if gate.existing else request(flow, site, operands[branch.term], gate.child))
         repairs += repair
+        if method.biases:
+            given = biases(flow, branch, site, activation)
+            if isinstance(given, str):
+                return Draft(block, replace(site, verdict="refused", code="RZ919", reason=given))
+            site = replace(site, shifts=(*site.shifts, *given[0]))
+            repairs += given[1]
+            continue
         if not options.preserve:
             repairs += gates.repairs(flow, branch)
             cause = gates.held_at_zero(flow, branch, {one.parameter for one in repairs})
@@ -96,6 +118,7 @@ def site_of(flow: Flow, whole: Sum, verdict: Verdict, number: str) -> Site:
     owner = frames[-1].owner if frames else None
     call = owner_call(flow, whole.node)
     path = owner if owner is not None else call.path
+    written = flow.origin(whole.node).written
     return Site(
         verdict=verdict,
         code=number,
@@ -104,12 +127,15 @@ def site_of(flow: Flow, whole: Sum, verdict: Verdict, number: str) -> Site:
         cls=class_name(flow, path) or call.cls,
         place=frame.place if frame else None,
         span=frame.span if frame else None,
-        text=code.line(frame.span) if frame else "",
+        text=(written and code.line(written)) or (code.line(frame.span) if frame else ""),
+        written=written,
     )
 
 
 def class_name(flow: Flow, path: str) -> str:
     module = flow.module(path)
+    if isinstance(module, fx.GraphModule):
+        return "GraphModule"  # each has a class of its own
     plain = type(module) is nn.Module  # torch.fx keeps the children of a module, not its class
     return type(module).__qualname__ if module is not None and not plain else ""
 
@@ -213,17 +239,70 @@ def _gate(
     last = _last_weight(flow, branch, site.path)
     child = relative(last, site.path).partition(".")[0] if last is not None else ""
     written = code.text(at)
-    start = None if options.preserve else float(options.alpha_init)
-    if found is not None and not moved:
+    start = None if options.preserve else 0.0  # what it is, `methods.applied` says
+    if found is not None and (not moved or METHODS[options.method].norm_gate):
         inside = _is_inside(found, site)
         if inside and not found.conditional:
             name = relative(found.parameter, site.path)
+            if METHODS[options.method].norm_gate:
+                return Gate(None, name, child, written, True, False, start), _norm_bias(flow, found), last or ""
             shape = flow.shape(found.root) or (1,)
             return Gate(None, name, child, written, True, False, start, shape), [], last or ""
         if inside:
             return Gate(at, "", child, written, False, True, start), [], last or ""
     repair = [Repair(found.parameter, "ones")] if found is not None and found.zero and moved else []
-    return Gate(at, "", child, written, init=1.0 if start is None else start), repair, last or ""
+    shape, scale, size = _channels(flow, branch, site, options)
+    gate = Gate(at, "", child, written, init=1.0 if start is None else start, shape=shape, scale=scale, size=size)
+    return gate, repair, last or ""
+
+
+def _norm_bias(flow: Flow, found: gates.Found) -> list[Repair]:
+    """What a norm adds must start at 0 as its weight does."""
+    path = f"{found.parameter.rpartition('.')[0]}.bias".lstrip(".")
+    value = gates.parameter(flow, path)
+    return [] if value is None or gates.is_zero(value) else [Repair(path, "zeros")]
+
+
+def _skip_gate(flow: Flow, block: Block, operands: dict[Term, Operand]) -> SkipGate | str:
+    """What a factor of the skip goes on; or why there is no one place for it."""
+    if len(block.branches) > 1:
+        return "several branches are added to one skip, whose factor is defined for one"
+    if flow.name(block.shortcut.add) == "lerp":
+        return "lerp scales the skip by itself"
+    if _in_helper(flow.origin(block.shortcut.add).frames):
+        at = operands[block.shortcut]
+        found = helpers.argument(flow.origin(block.shortcut.add).frames, at)
+        return SkipGate(found) if isinstance(found, Operand) else f"the skip cannot be scaled: {found}"
+    return SkipGate(operands[block.shortcut])
+
+
+def _unformed(flow: Flow, branch: Branch, site: Site, found: gates.Found | None, options: Options) -> str | None:
+    """Why a method's form cannot be written for a branch."""
+    if METHODS[options.method].norm_gate:
+        inside = found is not None and _is_inside(found, site)
+        return None if inside else "the branch does not end in a norm of its module with a weight"
+    if found is not None and not METHODS[options.method].plain:
+        return f"the branch has a gate already, {found.parameter}, which method {options.method!r} has no place for"
+    if options.granularity == "channel" and found is None:
+        made = channels(flow, branch)
+        if isinstance(made, str) and flow.trace.model is not None:
+            return f"a gate for each channel: {made}"
+    return None
+
+
+def _channels(flow: Flow, branch: Branch, site: Site, options: Options) -> tuple[tuple[int, ...], Scale, str]:
+    """Shape and view of a new gate, and what tells its size; the shape is (0,) where the text alone does not tell."""
+    made = channels(flow, branch) if options.granularity == "channel" else ""
+    if isinstance(made, str):
+        return (0,) if options.granularity == "channel" else (1,), Scale(), ""
+    parts = relative(made.layer, site.path).split(".")
+    written = "".join(f"[{part}]" if part.isdigit() else f".{part}" for part in parts).lstrip(".")
+    inside = made.layer.startswith(f"{site.path}." if site.path else "") and "*" not in made.layer
+    size = f"{written}.{made.attribute}" if made.attribute and inside and made.layer else ""
+    module = flow.module(made.layer) if size else None
+    if module is not None and getattr(module, made.attribute, None) != made.count:
+        size = ""
+    return (made.count or 0,), Scale(trailing=made.trailing), size
 
 
 def is_gated(flow: Flow, block: Block) -> bool:
@@ -256,10 +335,25 @@ def _last_weight(flow: Flow, branch: Branch, owner: str) -> str | None:
         if target.op == "call_module":
             path: str | None = str(target.target)
         else:
-            path = next((flow.parameter(source) for source in flow.inputs[node] if flow.parameter(source)), None)
+            path = next((path for source in flow.inputs[node] if (path := _turned(flow, source))), None)
         if path is not None and path.startswith(prefix):
-            return path
+            return _as_called(flow, node, path, owner) if "*" in path else path
     return None
+
+
+def _as_called(flow: Flow, node: int, path: str, owner: str) -> str:
+    """A path with elements of unknown number, up to the module that the owner calls: those in it share one alpha."""
+    call = flow.origin(node).call
+    while call.parent is not None and call.parent.path != owner:
+        call = call.parent
+    return call.path if call.parent is not None and "*" in path.removeprefix(f"{call.path}.") else path
+
+
+def _turned(flow: Flow, node: int) -> str | None:
+    """The path of the parameter that a node is, in whatever layout."""
+    while flow.facts[node].kind == "layout" and len(flow.inputs[node]) == 1:
+        node = flow.inputs[node][0]
+    return flow.parameter(node)
 
 
 def _activation(flow: Flow, block: Block, site: Site, options: Options) -> Activation | None:
@@ -276,7 +370,10 @@ def _activation(flow: Flow, block: Block, site: Site, options: Options) -> Activ
     if not frames or frames[-1].owner != site.path or parent is not owner_call(flow, node):
         return None
     at = Operand(frames[0].place, frames[0].span, 0, step is None and _is_receiver(flow, user, frames[0].span))
-    if code.operand(at) is None:
+    written_out = norms.in_graph(flow, user) if step is not None and frames[0].span in flow.trace.generated else None
+    if written_out is not None:
+        at = written_out
+    elif code.operand(at) is None:
         at = replace(at, index="input")
     kind = flow.facts[user].type
     if options.activation == "keep":
@@ -285,7 +382,7 @@ def _activation(flow: Flow, block: Block, site: Site, options: Options) -> Activ
         return Activation(kind, at, "keep", "the sum before it is read elsewhere too")
     if kind in _KEPT_ACTIVATIONS:
         return Activation(kind, at, "keep", f"{kind} of a sum is not an activation of the branch")
-    if frames[0].place != site.place or code.operand(at) is None:
+    if frames[0].place != site.place or (code.operand(at) is None and written_out is None):
         return Activation(kind, at, "keep", "its call cannot be moved to the add")
     if _works_in_place(flow, user) and any(_is_activated(flow, branch.term.value) for branch in block.branches):
         return Activation(kind, at, "keep", "it works in place, and the branch ends in an activation of its own")

@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from ..capture.facts import Facts, operation
 from ..capture.trace import Call, Origin, Trace, origin
+from .chains import chains
 from .patterns import summaries
 
 # Results carry no values of their operands.
@@ -42,7 +43,10 @@ class Flow:
     facts: tuple[Facts, ...]
     """Of the node, or of the module call that it ends if that is one step."""
     steps: dict[int, Call]
-    """Module calls seen as one step (custom norms and activations), by their last node."""
+    """Module calls seen as one step (custom norms and activations), by their last node; also what stands for the rows
+    of operations that are one written out."""
+    inner: frozenset[int]
+    """The other nodes of such rows, and of such modules in graphs."""
     constant: tuple[bool, ...]
     """Depends on parameters and constants only, on no input of the model, be it as an index."""
 
@@ -150,18 +154,26 @@ def flow(trace: Trace, norm_types: tuple[type[nn.Module], ...] = ()) -> Flow:
     for summary in summaries(trace, norm_types):
         end, entry = index[summary.end], index[summary.entry]
         facts[end], inputs[end], steps[end] = summary.facts, (entry,), summary.call
+    whole = set(steps.values())
+    taken = {node for i, node in enumerate(nodes) if i in steps or _is_within(origin(node).call, whole)}
+    inner = {index[node] for node in taken if trace.generated} - steps.keys()
+    for chain in chains(trace, taken):
+        end, entry = index[chain.end], index[chain.entry]
+        facts[end], inputs[end], steps[end] = chain.facts, (entry,), chain.call
+        inner.update(map(index.__getitem__, chain.inside))
     returned = {node for call in trace.calls for node in call.outputs}
-    written_back, whole = _write_backs(nodes) - returned, set(steps.values())
+    written_back = _write_backs(nodes) - returned
     users: list[list[int]] = [[] for _ in nodes]
     constant: list[bool] = []
     for i, node in enumerate(nodes):
         detached = node.op in ("call_function", "call_method") and operation(node.target) in _DETACHED
         read = () if detached else inputs[i] if i in steps else map(index.__getitem__, node.all_input_nodes)
         constant.append(origin(node).facts.kind != "input" and all(constant[source] for source in read))
-        inner = i not in steps and _is_within(origin(node).call, whole)
-        for source in () if inner or node in written_back else inputs[i]:
+        hidden = i in inner or (i not in steps and _is_within(origin(node).call, whole))
+        for source in () if hidden or node in written_back else inputs[i]:
             users[source].append(i)
-    return Flow(trace, nodes, index, tuple(inputs), tuple(map(tuple, users)), tuple(facts), steps, tuple(constant))
+    given = tuple(map(tuple, users))
+    return Flow(trace, nodes, index, tuple(inputs), given, tuple(facts), steps, frozenset(inner), tuple(constant))
 
 
 def _is_within(call: Call | None, whole: set[Call]) -> bool:

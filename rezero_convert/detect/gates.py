@@ -18,7 +18,7 @@ from .flow import Flow
 from .patterns import POINTWISE
 from .sums import weight
 
-_ZERO_AT_ZERO = frozenset({"tanh", "sin", "neg"})
+_ZERO_AT_ZERO = frozenset({"tanh", "sin", "neg", "relu"})
 _GATE_STEPS = frozenset({"mul", "div"})
 
 
@@ -65,6 +65,27 @@ def _above(flow: Flow, node: int | None, branch: Branch) -> Found | None:
                     return found
         node = _same_scale(flow, node)
     return None
+
+
+def last_norm(flow: Flow, branch: Branch) -> Found | None:
+    """The norm that a branch ends in, at most under dropout or another layout, as the gate that its weight is."""
+    node = branch.term.value
+    while flow.facts[node].kind in ("layout", "dropout") and len(flow.inputs[node]) == 1:
+        node = flow.inputs[node][0]
+    if flow.facts[node].kind != "norm" or flow.facts[node].fused or node <= branch.region[0]:
+        return None
+    if node in flow.steps or flow.nodes[node].op == "call_module":
+        path = f"{flow.steps[node].path if node in flow.steps else flow.nodes[node].target}.weight"
+    else:
+        given = flow.nodes[node].kwargs.get("weight")
+        sources = [given] if isinstance(given, fx.Node) else flow.nodes[node].all_input_nodes
+        paths = [flow.parameter(flow.index[source]) or "" for source in sources]
+        # every signature names the weight before the bias
+        path = next((one for one in paths if one and isinstance(parameter(flow, one), nn.Parameter)), "")
+    value = parameter(flow, path) if path else None
+    if not path or (flow.trace.model is not None and not isinstance(value, nn.Parameter)):
+        return None
+    return Found("channel", path, node, is_zero(value))
 
 
 def _same_scale(flow: Flow, node: int) -> int | None:
@@ -198,7 +219,8 @@ def _computing_layer(flow: Flow, node: int) -> int | None:
             if flow.trace.model is None:
                 return node if frames and _is_written_zero(frames[0].span.file, path, "linear") else None
             module = flow.module(path)
-            parameters = [] if module is None else list(module.parameters(recurse=False))
+            parameters: list[object] = [] if module is None else list(module.parameters(recurse=False))
+            parameters += [getattr(module, name) for name in getattr(module, "parametrizations", ())]
             return node if parameters and all(is_zero(value) for value in parameters) else None
         sources = flow.inputs[node]
         if len(sources) != 1 or flow.facts[node].kind != "layout":

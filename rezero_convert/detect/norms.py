@@ -59,7 +59,7 @@ def _decide(flow: Flow, node: int, position: Position, readers: list[int], optio
     at = Operand(frame.place, frame.span, 0) if frame is not None else None
     generated = frame is not None and frame.span in flow.trace.generated
     if generated:
-        at = _in_graph(flow, node)
+        at = in_graph(flow, node)
     norm = Norm(path, facts.type, kind, position, "keep", "", at=at)
     bias = _bias(flow, node, path) if position in ("inside", "end") else ""
     if kind not in options.drop_norm:
@@ -70,8 +70,11 @@ def _decide(flow: Flow, node: int, position: Position, readers: list[int], optio
         return _with(norm, "keep", "the value that it normalizes has no name in the generated code")
     if _is_hooked(flow, path):
         return _with(norm, "keep", "hooks are attached to it")
+    if not path and generated:
+        given = _flat_bias(flow, node) if position in ("inside", "end") else ""
+        return _with(norm, "bypass", f"{kind}-type norm dropped", "", given)
     if not path:
-        return _with(norm, "bypass", f"{kind}-type norm dropped") if generated else _functional(flow, node, norm)
+        return _functional(flow, node, norm)
     if flow.trace.model is None and frame is not None and frame.place.file != _file(flow):
         return _with(norm, "keep", f"its call is in another file, {frame.span}")
     attribute = code.callee(frame.place, frame.span) if frame is not None else None
@@ -111,8 +114,8 @@ def _functional(flow: Flow, node: int, norm: Norm) -> Norm:
     return _with(norm, "bypass", f"{norm.kind}-type norm dropped")
 
 
-def _in_graph(flow: Flow, node: int) -> Operand | None:
-    """A norm in generated code: its argument, or for one of several nodes its last and the normalized value's name."""
+def in_graph(flow: Flow, node: int) -> Operand | None:
+    """A norm or activation in generated code: its argument; for one of several nodes the last, and what it is given."""
     last, step = flow.origin(node).frames[-1], flow.steps.get(node)
     if step is None or step.frames[-1].span == last.span:
         return Operand(last.place, last.span, 0)
@@ -153,6 +156,24 @@ def _same(flow: Flow, owner: str | None, attribute: str, path: str) -> bool:
     return module is not None and module is flow.module(path)
 
 
+def _flat_bias(flow: Flow, node: int) -> str:
+    """The weight of the layer without bias in front of a norm of a graph that had one; by itself, not by its module."""
+    entry, seen, stack = flow.inputs[node][0], {node}, [node]
+    while stack:
+        for source in map(flow.index.__getitem__, flow.nodes[stack.pop()].all_input_nodes):
+            if source not in seen and source != entry:
+                seen.add(source)
+                stack.append(source)
+    paths = {path for one in seen if (path := flow.parameter(one))}
+    parameters = [path for path in paths if isinstance(_tensor(flow, path), nn.Parameter)]
+    return _written_layer(flow, entry) if len(parameters) > 1 else ""
+
+
+def _tensor(flow: Flow, path: str) -> object:
+    holder, _, name = path.rpartition(".")
+    return getattr(flow.module(holder), name, None)
+
+
 def _bias(flow: Flow, node: int, path: str) -> str:
     """The layer without bias in front of a norm that had one."""
     if flow.trace.model is None:
@@ -183,8 +204,9 @@ def _written_layer(flow: Flow, node: int) -> str:
     transposed = flow.name(node) == "convolution" and bool(target.args[6])
     if transposed or any(others[:1]) or target.kwargs.get("bias") is not None or not isinstance(weight, fx.Node):
         return ""
-    layer, _, name = (flow.parameter(flow.index[weight]) or "").rpartition(".")
-    return layer if name == "weight" else ""
+    path = flow.parameter(flow.index[weight]) or ""
+    layer, _, name = path.rpartition(".")
+    return layer if layer and name == "weight" else path
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,13 +22,14 @@ POINTWISE = frozenset(
     "elu selu celu leaky_relu hardswish hardsigmoid hardtanh softplus softsign logsigmoid clamp clamp_min clamp_max "
     "minimum maximum min max neg abs sin cos reciprocal threshold float to type_as clone rsub".split()
 )
-_REDUCTIONS = frozenset(
+REDUCTIONS = frozenset(
     "mean var std sum norm linalg_norm vector_norm linalg_vector_norm var_mean std_mean amax".split()
 )
 _KEEPS_DEGREE = frozenset(
     "mean std sum norm linalg_norm vector_norm linalg_vector_norm amax neg abs clamp clamp_min clamp_max max maximum "
     "float to type_as half bfloat16 double type clone contiguous view reshape permute transpose flatten unflatten "
-    "unsqueeze squeeze expand expand_as getitem movedim chunk cat choice".split()
+    "unsqueeze squeeze expand expand_as getitem movedim chunk cat choice var_mean std_mean _to_copy alias as_strided "
+    "_unsafe_view".split()
 )
 _NORM_FUNCTIONS = frozenset("layer_norm rms_norm group_norm batch_norm instance_norm normalize".split())
 
@@ -108,18 +109,18 @@ def _norm(entry: fx.Node, work: list[fx.Node], end: fx.Node) -> NormKind | None:
         sources = [source for source in node.all_input_nodes if source in degrees]
         if not sources:
             continue
-        degree = _degree(name, node, degrees)
-        if degree is None:
+        found = degree(name, node, degrees)
+        if found is None:
             return None
-        degrees[node] = degree
+        degrees[node] = found
         if name in _NORM_FUNCTIONS:
             kind = origin(node).facts.norm or "layer"
-        elif name in _REDUCTIONS:
-            kind = _reduced_kind(node, entry)
+        elif name in REDUCTIONS:
+            kind = reduced_kind(node, entry)
     return kind if degrees.get(end) == 0 else None
 
 
-def _degree(name: str, node: fx.Node, degrees: dict[fx.Node, float]) -> float | None:
+def degree(name: str, node: fx.Node, degrees: dict[fx.Node, float]) -> float | None:
     """The degree of homogeneity of a node in the entry; None where the rule is not known.
 
     Added parameters and constants (bias, eps) do not count: the question is what the norm divides by.
@@ -140,12 +141,14 @@ def _degree(name: str, node: fx.Node, degrees: dict[fx.Node, float]) -> float | 
         return first * {"sqrt": 0.5, "rsqrt": -0.5, "reciprocal": -1.0, "var": 2.0}[name]
     if name in ("type_as", "to", "expand_as"):
         return first
+    if name == "getitem" and node.args[1] == 0 and operation(getattr(node.args[0], "target", "")) == "var_mean":
+        return first * 2
     if name in ("add", "sub") or name in _KEEPS_DEGREE:
         return known[0] if len(set(known)) == 1 else None
     return None
 
 
-def _reduced_kind(node: fx.Node, entry: fx.Node) -> NormKind:
+def reduced_kind(node: fx.Node, entry: fx.Node) -> NormKind:
     """The kind of a written-out norm by the dimensions that its statistics go over."""
     dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
     listed = dims if isinstance(dims, (tuple, list)) else (dims,)

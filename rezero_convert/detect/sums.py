@@ -22,6 +22,7 @@ _FUSED = {
 """Operations that do more than add: the names and positions of the arguments in question, the skip's first."""
 _PARTS = frozenset({"scatter_add", "index_add", "index_put"})
 """Those that add to parts of a tensor."""
+_PASSES_ON = frozenset({"mul", "view", "reshape", "_unsafe_view", "squeeze", "unsqueeze"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ def halves(flow: Flow, whole: Sum) -> Iterator[Sum]:
 def operands(flow: Flow, node: int) -> tuple[Term, ...]:
     """The two tensor operands of an add of floating-point tensors; empty for anything else."""
     target = flow.nodes[node]
-    if target.op not in ("call_function", "call_method") or node in flow.steps:
+    if target.op not in ("call_function", "call_method") or node in flow.steps or node in flow.inner:
         return ()
     if flow.name(node) in _FUSED:
         return _fused(flow, node)
@@ -81,7 +82,20 @@ def operands(flow: Flow, node: int) -> tuple[Term, ...]:
         for place, value in places
         if isinstance(value, fx.Node) and flow.index[value] in flow.inputs[node]
     )
-    return terms if len(terms) == 2 else ()
+    return terms if len(terms) == 2 and not _is_bias(flow, terms) else ()
+
+
+def _is_bias(flow: Flow, terms: tuple[Term, ...]) -> bool:
+    """Whether a graph adds a vector of parameters to a product with weights: a linear layer, decomposed."""
+    moving = [term.value for term in terms if not flow.constant[term.value]]
+    if not flow.trace.generated or len(moving) != 1:
+        return False
+    (vector,) = (term.value for term in terms if term.value not in moving)
+    node, shape = moving[0], flow.shape(vector)
+    while flow.name(node) in _PASSES_ON and flow.inputs[node] and not flow.constant[flow.inputs[node][0]]:
+        node = flow.inputs[node][0]
+    product = flow.name(node) in ("mm", "bmm", "matmul") and any(flow.constant[one] for one in flow.inputs[node])
+    return product and shape is not None and sum(size > 1 for size in shape) <= 1
 
 
 def _fused(flow: Flow, node: int) -> tuple[Term, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from textwrap import dedent
 from typing import Any
 
-from .. import __version__, sources
+from .. import sources
 from ..codes import CODES
 from ..colours import colour
 from ..errors import ConversionError
@@ -57,7 +57,7 @@ def document(
         tag("header", tag("h1", title), _lead(report), _counts(report["counts"])),
         tag("nav", (tag("a", heading, href=f"#{name}") for name, heading, _ in there)),
         (tag("section", tag("h2", heading), content, id=name) for name, heading, content in there),
-        tag("footer", f"rezero_convert {__version__}"),
+        tag("footer", "made by rezero_convert"),
     )
     head = tag(
         "head",
@@ -75,7 +75,7 @@ def document(
 
 
 def _lead(report: _Dict) -> Markup:
-    state = "what the conversion did" if report["converted"] else "what the conversion to x + alpha * F(x) does"
+    state = "what the conversion did" if report["converted"] else "what the conversion does"
     return tag("p", f"Every add of tensors, and {state}.", class_="soft")
 
 
@@ -104,7 +104,7 @@ def _options(options: _Dict) -> list[str]:
     return [
         f"{name} {', '.join(map(str, value)) if isinstance(value, list) else value}"
         for name, value in shown.items()
-        if value is not False and value != []
+        if value is not None and value is not False and value != []
     ]
 
 
@@ -167,7 +167,7 @@ def _row(group: _Dict) -> Markup:
 
 def _excerpt(group: _Dict) -> str:
     """The source around an add; "" if its text is not to be had, or is no longer that of the report."""
-    span = group["span"]
+    span = group["shown"]
     try:
         rows = sources.lines(span["file"]) if span else ()
     except ConversionError:

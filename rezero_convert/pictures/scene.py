@@ -338,7 +338,7 @@ def _text(site: Site) -> str:
 
 
 def _full(site: Site) -> str:
-    first = f"{where_of(site.span)} {site.code} {site.verdict} {site.form}".strip()
+    first = f"{where_of(site.shown)} {site.code} {site.verdict} {site.form}".strip()
     times = f"runs {number(site.calls, 'time')}" if site.calls > 1 else ""
     return "\n".join(line for line in (first, site.text.strip(), site.reason, times) if line)
 

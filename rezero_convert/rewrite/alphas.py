@@ -14,6 +14,7 @@ from .classes import (
     attribute_chain,
     bases_of,
     descendants,
+    is_folded,
     last_name,
     literal,
     method_of,
@@ -34,6 +35,16 @@ def alpha_edits(source: Source, jobs: Jobs, names: Names) -> list[Edit]:
         for cls in alpha_makers(source, source.classes[index]):
             edits += _alphas_of(source, cls, gates, names)
     return edits
+
+
+def unfold_edits(source: Source, jobs: Jobs) -> list[Edit]:
+    """One-line constructors that get alphas, over several lines: other edits of the same line are left room."""
+    makers = {cls: None for index, *_ in jobs.gates for cls in alpha_makers(source, source.classes[index])}
+    inits = [(cls, init) for cls in makers for name in _MAKING if (init := method_of(cls, name)) is not None]
+    return [unfolded(source, cls, init, []) for cls, init in inits if is_folded(source, init)]
+
+
+_MAKING = ("__init__", "__post_init__")
 
 
 def alpha_makers(source: Source, cls: ast.ClassDef) -> list[ast.ClassDef]:
@@ -85,10 +96,6 @@ def _alphas_of(source: Source, cls: ast.ClassDef, gates: list[tuple[Gate, bool]]
                 source, cls, ["def __init__(self, *args, **kwargs):"], "super().__init__(*args, **kwargs)", lines
             )
         ]
-    if init.body[0].lineno == init.lineno or source.rows[init.body[0].lineno - 1].lstrip().startswith("def "):
-        return [
-            unfolded(source, cls, init, [f"{self_name(init)}.{g.alpha} = {_parameter(g, '', names)}" for g, _ in gates])
-        ]
     edits = []
     for gate, bound in gates:
         place, stmt = alpha_place(source, init, gate, bound)
@@ -101,14 +108,16 @@ def _alphas_of(source: Source, cls: ast.ClassDef, gates: list[tuple[Gate, bool]]
 def _parameter(gate: Gate, factory: str, names: Names, me: str = "self") -> str:
     if gate.init is None:
         raise ConversionError(f"{gate.at.span if gate.at else ''}: {gate.alpha} is new and has no start value")
-    size = ", ".join(map(str, gate.shape))
+    size = f"{me}.{gate.size}" if gate.size and not gate.loops else ", ".join(map(str, gate.shape))
     if not gate.shape:
         raise ConversionError(f"{gate.at.span if gate.at else ''}: {gate.alpha} must not have zero dimensions")
     if gate.init in (0.0, 1.0):
         value = f"{names.torch}.{'ones' if gate.init else 'zeros'}({size}{factory})"
+    elif len(gate.shape) == 1 and gate.shape != (1,):
+        value = f"{gate.init!r} * {names.torch}.ones({size}{factory})"
     else:
         value = f"{names.torch}.full(({size}{',' if len(gate.shape) == 1 else ''}), {gate.init!r}{factory})"
-    made = f"{names.parameter}({value})"
+    made = f"{names.parameter}({value}{'' if gate.trainable else ', requires_grad=False'})"
     if not gate.loops:
         return made
     made = f"{names.parameter}List([{made} for _ in {_renamed(gate.loops[-1].modules, me)}])"

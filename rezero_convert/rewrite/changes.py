@@ -27,9 +27,10 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass(frozen=True, slots=True)
 class Added:
-    """A new gate: a parameter, or a list of them."""
+    """A new gate, a parameter or a list of them; or a new bias beside its weight in a flat graph."""
 
     name: str
+    start: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,8 @@ class Overwritten:
     name: str
     why: str
     """"gate" or "repair"."""
+    start: float = 0.0
+    """What a gate was set to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,19 @@ class Dropped:
     """Start values of parameters that no `reset_parameters` sets."""
     kept: tuple[str, ...] = ()
     """Children that stayed in its place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unread:
+    """A parameter or buffer that only a norm written out in a graph had read: it went with the norm."""
+
+    name: str
+    order: tuple[str, ...]
+    """The module's parameters or buffers before."""
+    blank: Tensor
+    """Without values (on the meta device) if a parameter."""
+    start: float
+    """What a parameter started from, as far as can be told."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +126,7 @@ class Emptied:
     """The child with a gate of ones."""
 
 
-Entry = Added | Overwritten | Biased | Dropped | Held | Regraphed | Folded | Emptied
+Entry = Added | Overwritten | Biased | Dropped | Unread | Held | Regraphed | Folded | Emptied
 
 
 def note(undo: ExitStack, module: nn.Module, entry: Entry) -> None:
@@ -215,6 +231,23 @@ def rejoined(made: nn.Module, model: nn.Module) -> nn.Module:
     return made
 
 
+def starts(owner: nn.Module) -> dict[str, float]:
+    """The start values of a converted module's gates, by the parameters' names from it."""
+    found: dict[str, float] = {}
+    names: tuple[str, ...] = owner.__dict__.get("rezero_gates", ())
+    for entry in owner.__dict__.get("rezero_undo", ()):
+        if isinstance(entry, Added) or (isinstance(entry, Overwritten) and entry.why == "gate"):
+            found |= {name: entry.start for name in names if name == entry.name or name.startswith(f"{entry.name}.")}
+    return found
+
+
+def restart(owner: nn.Module) -> None:
+    """Set a converted module's gates to their start values."""
+    with torch.no_grad():
+        for name, value in starts(owner).items():
+            owner.get_parameter(name).fill_(value)
+
+
 def floats(module: nn.Module) -> Iterator[Tensor]:
     """The floating-point parameters of a module."""
     return (parameter for parameter in module.parameters() if parameter.dtype in _DTYPES)
@@ -240,9 +273,14 @@ def constants(module: nn.Module) -> tuple[tuple[str, float], ...]:
     for path, part in module.named_modules():
         if not hasattr(part, "reset_parameters"):
             for name, parameter in part.named_parameters(path, recurse=False):
-                mean = 1.0 if parameter.is_meta else float(parameter.detach().float().mean())
-                found.append((name, 0.0 if abs(mean) < 0.5 else 1.0))
+                found.append((name, start(parameter)))
     return tuple(found)
+
+
+def start(parameter: Tensor) -> float:
+    """0 or 1, whichever is nearer to a parameter's mean; 1 where it has no values."""
+    mean = 1.0 if parameter.is_meta else float(parameter.detach().float().mean())
+    return 0.0 if abs(mean) < 0.5 else 1.0
 
 
 def regrown(entry: Dropped, holder: nn.Module, model: nn.Module) -> nn.Module:

@@ -392,6 +392,12 @@ def new_method(
     return insert(source, Edit(source.line_start(line), source.line_start(line), ""), indent, [*new, ""])
 
 
+def is_folded(source: Source, function: Function) -> bool:
+    """Whether a body begins on the line of its signature: `def __init__(self): super().__init__()`."""
+    first = function.body[0].lineno
+    return bool(source.text[source.line_start(first) : source.span(function.body[0])[0]].strip())
+
+
 def unfolded(source: Source, cls: ast.ClassDef, init: Function, lines: list[str]) -> Edit:
     """`def __init__(self): super().__init__()` over several lines."""
     start, end = source.span(init.body[0])[0], source.span(init.body[-1])[1]

@@ -117,6 +117,10 @@ def _held_edits(source: Source, cls: ast.ClassDef, parts: list[str], init: float
             f"{source.file}:{cls.lineno}: {'.'.join(parts)} of {cls.name} are the gates of a loop, and {parts[0]} is "
             "not only walked from end to end"
         )
+    if parts[1:] == ["*"]:  # an nn.ParameterList
+        edits, found = _value_edits(source, cls, parts[0], init, names)
+        if found:
+            return edits
     for _, value, _ in resolve(source, cls, parts[:-1]):
         for call in constructor_calls(value):
             if last_name(call.func) == "Identity":
@@ -144,17 +148,20 @@ def _held_edits(source: Source, cls: ast.ClassDef, parts: list[str], init: float
 
 
 def _is_only_walked(source: Source, cls: ast.ClassDef, attribute: str) -> bool:
-    """Whether a class does nothing else with a list of modules, once made, than walk it as a whole."""
+    """Whether a class does nothing else with a list, once made, than walk it as a whole, or index it in one place."""
+    nodes: list[ast.AST] = []
+    uses: list[ast.AST] = []
     for function in (function for one in lineage(source, cls) for function in methods_of(one)):
-        nodes = list(ast.walk(function)) if function.name != "__init__" else []
-        walks = [node.iter for node in nodes if isinstance(node, (ast.For, ast.comprehension))]
-        for walk in walks:
-            if isinstance(walk, ast.Call) and last_name(walk.func) in ("zip", "enumerate", "reversed", "list", "tuple"):
-                walks += walk.args
-        uses = [node for node in nodes if attribute_chain(node) == (self_name(function), attribute)]
-        if any(node not in walks for node in uses):
-            return False
-    return True
+        inner = list(ast.walk(function)) if function.name != "__init__" else []
+        uses += [node for node in inner if attribute_chain(node) == (self_name(function), attribute)]
+        nodes += inner
+    walks = [node.iter for node in nodes if isinstance(node, (ast.For, ast.comprehension))]
+    for walk in walks:
+        if isinstance(walk, ast.Call) and last_name(walk.func) in ("zip", "enumerate", "reversed", "list", "tuple"):
+            walks += walk.args
+    if all(use in walks for use in uses):
+        return True
+    return len(uses) == 1 and any(isinstance(node, ast.Subscript) and node.value is uses[0] for node in nodes)
 
 
 def _class_of(source: Source, call: ast.Call) -> tuple[Source, ast.ClassDef | None]:
@@ -178,7 +185,7 @@ def _argument_edit(
     """
     name = _start_argument(home, scale, attribute)
     function = method_of(scale, "__init__")
-    if name is None or function is None or any(k.arg is None for k in call.keywords if name not in _given(call)):
+    if name is None or function is None:
         return None
     for keyword in call.keywords:
         if keyword.arg == name:
@@ -186,6 +193,8 @@ def _argument_edit(
     order = [a.arg for a in (*function.args.posonlyargs, *function.args.args)][1:]
     if name in order and order.index(name) < len(call.args):
         return Edit(*source.span(call.args[order.index(name)]), repr(init))
+    if None in _given(call):  # it may be among `**options`
+        return None
     end = source.span(call)[1] - 1
     comma = source.text[:end].rstrip()[-1]
     return Edit(

@@ -6,7 +6,7 @@ import copy
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -15,9 +15,10 @@ from torch import fx, nn
 from torch._ops import OpOverload
 
 from .. import sources
+from ..capture.facts import operation
 from ..capture.graphs import graph_modules, text_of
 from ..errors import ConversionError
-from ..plan import Gate, Norm, Operand, Place, Site
+from ..plan import Gate, Norm, Operand, Place, Scale, Site, SkipGate
 from .changes import RECORDS
 
 Home = Callable[[Place, str], str | None]
@@ -79,6 +80,10 @@ class _Editor:
             for gate in site.gates:
                 if gate.at is not None:
                     self.gate(site, gate, gate.at)
+            for shift in site.shifts:
+                self.shift(site, shift)
+            if site.skip_gate is not None:
+                self.skip(site, site.skip_gate)
             if site.activation is not None and site.activation.action == "move":
                 self.drop(self.node(site.activation.at), self.value(site.activation.at))
         for norm in dict.fromkeys(norm for site in sites for norm in site.norms):
@@ -127,28 +132,89 @@ class _Editor:
         with self.graph.inserting_before(node):
             scaled = branch
             if moved is not None:
-                active = self.node(moved.at)
-                whole = self.value(moved.at)
-                scaled = self.graph.node_copy(active, lambda one: branch if one is whole else one)
+                scaled = self.applied(self.node(moved.at), self.value(moved.at), branch)
             if not gate.existing:
-                relative = self.below(site.path)
-                scaled = self.scaled(node, scaled, f"{relative}.{gate.alpha}" if relative else gate.alpha)
-        if isinstance(at.index, str):
-            node.update_kwarg(at.index, scaled)
-        else:
-            node.update_arg(at.index, scaled)
+                scaled = self.scaled(node, scaled, self.parameter(site, gate.alpha), gate.scale)
+        self.update(node, at, scaled)
 
-    def scaled(self, node: fx.Node, branch: Any, alpha: str) -> fx.Node:
-        """`alpha * branch`, in the branch's dtype; `node` is the sum."""
+    def applied(self, active: fx.Node, whole: fx.Node, branch: Any) -> Any:
+        """Once more what an activation computes, in one node or several, of `branch` instead of `whole`."""
+        copies: dict[fx.Node, Any] = {whole: branch}
+
+        def copied(node: fx.Node) -> Any:
+            if node not in copies:
+                for source in node.all_input_nodes if node > whole else ():
+                    copied(source)
+                copies[node] = self.graph.node_copy(node, copies.__getitem__) if node > whole else node
+            return copies[node]
+
+        return copied(active)
+
+    def skip(self, site: Site, gate: SkipGate) -> None:
+        """Scale the skip, by a constant or by what a gate leaves."""
+        node, stream = self.node(gate.at), self.value(gate.at)
+        with self.graph.inserting_before(node):
+            alpha = self.parameter(site, gate.alpha) if gate.alpha else ""
+            self.update(node, gate.at, self.scaled(node, stream, alpha, gate.scale))
+
+    def shift(self, site: Site, gate: Gate) -> None:
+        """Add a number to what a layer reads."""
+        assert gate.at is not None
+        node, stream = self.node(gate.at), self.value(gate.at)
         aten = isinstance(node.target, OpOverload)
-        dtype = _dtype(branch) if isinstance(branch, fx.Node) else None
-        made = [self.graph.get_attr(alpha)]
+        with self.graph.inserting_before(node):
+            bias = self.graph.get_attr(self.parameter(site, gate.alpha))
+            made = self.graph.call_function(torch.ops.aten.add.Tensor if aten else operator.add, (stream, bias))
+        made.meta.update({key: stream.meta[key] for key in _VALUE if key in stream.meta})
+        for one in (bias, made):
+            one.meta.update({key: node.meta[key] for key in _PLACE if key in node.meta})
+        self.update(node, gate.at, made)
+
+    def parameter(self, site: Site, alpha: str) -> str:
+        relative = self.below(site.path)
+        return f"{relative}.{alpha}" if relative else alpha
+
+    def update(self, node: fx.Node, at: Operand, value: fx.Node) -> None:
+        if isinstance(at.index, str):
+            node.update_kwarg(at.index, value)
+        else:
+            node.update_arg(at.index, value)
+
+    def scale(self, alpha: str, scale: Scale, aten: bool) -> Iterator[Any]:
+        """The nodes of `factor * map(alpha)`, the last one its value; a number if there is no alpha."""
+        if not alpha:
+            yield scale.factor
+            return
+        value = self.graph.get_attr(alpha)
+        yield value
+        ops = torch.ops.aten
+        if scale.trailing:
+            sizes = [-1, *[1] * scale.trailing]
+            view = ops.view.default if aten else torch.Tensor.view
+            value = self.graph.call_function(view, (value, sizes))
+            yield value
+        if scale.map == "relu":
+            value = self.graph.call_function(ops.relu.default if aten else torch.relu, (value,))
+            yield value
+        elif scale.map == "complement":
+            value = self.graph.call_function(ops.rsub.Scalar if aten else torch.rsub, (value, 1))
+            yield value
+        if scale.factor != 1.0:
+            value = self.graph.call_function(ops.mul.Tensor if aten else operator.mul, (value, scale.factor))
+            yield value
+
+    def scaled(self, node: fx.Node, branch: Any, alpha: str, scale: Scale) -> Any:
+        """`factor * map(alpha) * branch`, in the branch's dtype; `node` is the sum."""
+        aten = isinstance(node.target, OpOverload)
+        dtype = _dtype(branch) if isinstance(branch, fx.Node) and alpha else None
+        made: list[Any] = list(self.scale(alpha, scale, aten))
         if dtype in _HALF:
             made.append(self._cast(made[-1], torch.float32, aten))
-        made.append(self.graph.call_function(torch.ops.aten.mul.Tensor if aten else operator.mul, (made[-1], branch)))
+        factors = (made[-1], branch) if alpha else (branch, made[-1])
+        made.append(self.graph.call_function(torch.ops.aten.mul.Tensor if aten else operator.mul, factors))
         if dtype in _HALF:
             made.append(self._cast(made[-1], dtype, aten))
-        for one in made:
+        for one in made if alpha else made[1:]:
             one.meta.update({key: node.meta[key] for key in _PLACE if key in node.meta})
         valued = made[-1:] if dtype not in _HALF else made[-2:]
         for one in valued if isinstance(branch, fx.Node) else ():
@@ -179,10 +245,11 @@ class _Editor:
 
     def bias(self, layer: str) -> None:
         """Have a written-out layer read the bias that its module gets; a module's own call does without."""
-        for weight in self.attributes.get(f"{layer}.weight", ()):
+        name = f"{layer}_bias" if layer in self.attributes else f"{layer}.bias"
+        for weight in self.attributes.get(layer, self.attributes.get(f"{layer}.weight", ())):
             for node in list(weight.users):
                 with self.graph.inserting_before(node):
-                    made = self.graph.get_attr(f"{layer}.bias")
+                    made = self.graph.get_attr(name)
                 made.meta.update({key: node.meta[key] for key in _PLACE if key in node.meta})
                 if len(node.args) > 2:
                     node.update_arg(2, made)
@@ -214,6 +281,9 @@ class _Editor:
         waiting = list(self.replaced)
         while waiting:
             node = waiting.pop()
+            for user in list(node.users) if not node._erased else ():
+                if not user.users and operation(user.target) in ("alias", "detach"):  # left behind by make_fx
+                    self.graph.erase_node(user)
             if node._erased or node.users or node.op in ("placeholder", "output"):
                 continue
             sources_of = node.all_input_nodes

@@ -161,13 +161,22 @@ def _parts(model: nn.Module, site: Site, home: graphs.Home) -> Iterator[tuple[st
             gates.setdefault(place, []).append(gate)
     if moved and site.activation is not None:
         gates.setdefault(site.activation.at.place, [])
+    if site.skip_gate is not None:
+        gates.setdefault(site.skip_gate.at.place, [])
+    for shift in site.shifts:
+        if shift.at is not None:
+            gates.setdefault(shift.at.place, [])
     for place, some in gates.items():
         yield site.path, place, dataclasses.replace(site, gates=tuple(some), norms=())
     for norm in site.norms:
         if norm.action == "bypass" and norm.at is not None:
             path = home(norm.at.place, norm.path or site.path)
             path = _caller(model, site, norm) if path is None else path
-            yield path, norm.at.place, dataclasses.replace(site, gates=(), norms=(norm,), activation=None)
+            yield (
+                path,
+                norm.at.place,
+                dataclasses.replace(site, gates=(), norms=(norm,), activation=None, skip_gate=None, shifts=()),
+            )
 
 
 def _caller(model: nn.Module, site: Site, norm: Norm) -> str:
@@ -312,5 +321,5 @@ def _text_of(texts: dict[Any, tuple[str, str]], place: Place, code: CodeType, jo
 
 def _essence(site: Site) -> tuple[Any, ...]:
     """What of a site its text depends on."""
-    gates = tuple((gate.at, gate.alpha, gate.existing, gate.loops) for gate in site.gates)
-    return gates, tuple(norm.at for norm in site.norms), site.activation
+    gates = tuple((gate.at, gate.alpha, gate.existing, gate.loops, gate.scale) for gate in site.gates)
+    return gates, site.skip_gate, site.shifts, tuple(norm.at for norm in site.norms), site.activation

@@ -41,7 +41,7 @@ def collect(source: Source, plan: Plan, file: str) -> Jobs:
             if gate.at is not None and gate.at.span.file == file and not gate.existing:
                 index = _owner(source, gate.at.span, f"the gate of {gate.branch}")
                 known = gates.get((index, gate.alpha))
-                if known is not None and (known[0].init, known[0].shape) != (gate.init, gate.shape):
+                if known is not None and _start(known[0]) != _start(gate):
                     raise ConversionError(f"{gate.at.span}: {gate.alpha} has two start values or shapes")
                 bound = _evaluated_before(source, gate)
                 gates[index, gate.alpha] = (known[0] if known else gate, bound and (known is None or known[1]))
@@ -66,6 +66,10 @@ def collect(source: Source, plan: Plan, file: str) -> Jobs:
         tuple(biases),
         tuple((*key, certain) for key, certain in repairs.items()),
     )
+
+
+def _start(gate: Gate) -> tuple[object, ...]:
+    return gate.init, gate.size or gate.shape, gate.trainable
 
 
 def _of_all_passes(site: Site, gate: Gate) -> str:
@@ -142,8 +146,8 @@ def check_agreement(plan: Plan, file: str) -> None:
     for site in plan.converted:
         decisions: list[tuple[str, Span, object]] = []
         if site.span is not None and site.gates:
-            made = {(g.at, _of_all_passes(site, g), g.existing) for g in site.gates}
-            decisions.append(("gates", site.span, frozenset(made)))
+            made = {(g.at, _of_all_passes(site, g), g.existing, g.scale) for g in site.gates}
+            decisions.append(("gates", site.span, (frozenset(made), site.skip_gate and site.skip_gate.scale)))
         decisions += [(f"norm {n.attribute}", n.at.span, n.action) for n in site.norms if n.at is not None]
         if site.activation is not None:
             decisions.append(("activation", site.activation.at.span, site.activation.action))

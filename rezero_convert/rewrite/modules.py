@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from types import CodeType
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from ..capture import facts
 from ..capture.graphs import graph_modules
@@ -29,6 +29,7 @@ from .changes import (
     Held,
     Overwritten,
     Regraphed,
+    Unread,
     blank,
     constants,
     delete,
@@ -40,9 +41,11 @@ from .changes import (
     rebind,
     set_class,
     set_graph,
+    start,
 )
 from .graphs import remember
 from .instances import edits, module_at
+from .marker import mark
 from .subclass import code_changes, rezero_gate
 
 __all__ = ["alphas", "record", "rewrite", "rezero_gate"]
@@ -76,6 +79,7 @@ def rewrite(model: nn.Module, plan: Plan) -> ExitStack:
         for instance, name, function in functions:
             _hold(undo, instance, name, function)
         rebind(undo, model, changed)
+        unread = [(module, _read(module.graph) - _read(graph)) for module, graph in graphs]
         for module, graph in graphs:
             note(undo, module, Regraphed(module.graph))
             set_graph(undo, module, graph)
@@ -84,12 +88,15 @@ def rewrite(model: nn.Module, plan: Plan) -> ExitStack:
         for owner, path, gate in _gates(model, plan):
             _place_gate(undo, model, owner, path, gate, plan.options.preserve)
         _drop_norms(undo, model, plan)
+        for module, names in unread:
+            _drop_unread(undo, module, names)
         for repair in dict.fromkeys(repair for site in plan.edited for repair in site.repairs):
             _repair(undo, model, repair)
         for _, graph in graphs:
             graph.lint()
         before = record(model)
         put(undo, model.__dict__, "rezero_plan", plan if before is None else _merged(before, plan))
+        mark(undo, model, plan.options, (name for name, _ in alphas(model)), again=before is not None)
         return undo.pop_all()
 
 
@@ -138,7 +145,7 @@ def _gates(model: nn.Module, plan: Plan) -> Iterator[tuple[nn.Module, str, Gate]
     seen: set[tuple[int, str]] = set()
     for site in (*plan.edited, *plan.of("gated")):
         owner = module_at(model, site.path)
-        for gate in site.gates:
+        for gate in (*site.gates, *site.shifts):
             if (id(owner), gate.alpha) not in seen:
                 seen.add((id(owner), gate.alpha))
                 yield owner, site.path or "the model", gate
@@ -153,21 +160,24 @@ def _place_gate(undo: ExitStack, model: nn.Module, owner: nn.Module, path: str, 
             raise ConversionError(f"{path}: no parameter {gate.alpha!r} is there") from error
         if gate.init is not None:
             fill(undo, parameter, gate.init)
-            note(undo, owner, Overwritten(gate.alpha, "gate"))
+            note(undo, owner, Overwritten(gate.alpha, "gate", gate.init))
     else:
         if hasattr(owner, gate.alpha):
             raise ConversionError(f"{path}: the name {gate.alpha!r} of the new alpha is taken")
         like = next(itertools.chain(floats(owner), floats(model), [torch.empty(0)]))
         init = 1.0 if preserve or gate.init is None else gate.init
         made = [
-            nn.Parameter(torch.full(gate.shape, init, dtype=like.dtype, device=like.device)) for _ in gate.parameters()
+            nn.Parameter(torch.full(gate.shape, init, dtype=like.dtype, device=like.device), gate.trainable)
+            for _ in gate.parameters()
         ]
         if not gate.loops:
             put(undo, owner._parameters, gate.alpha, made[0])
         else:
             paths = [member.split(".") for member in gate.members]
             put(undo, owner._modules, gate.alpha, _nested(paths, made).train(owner.training))
-        note(undo, owner, Added(gate.alpha))
+        note(undo, owner, Added(gate.alpha, init))
+    if gate.scale.map == "shift":
+        return
     names: tuple[str, ...] = owner.__dict__.get("rezero_gates", ())
     new = tuple(name for name in gate.parameters() if name not in names)
     if new:
@@ -214,10 +224,41 @@ def _drop_norms(undo: ExitStack, model: nn.Module, plan: Plan) -> None:
             dtype = next(itertools.chain(floats(holder), floats(model), [torch.empty(0)])).dtype
             note(undo, holder, Dropped(key, order, shell, dtype, starts, kept))
     for path in dict.fromkeys(n.bias for site in plan.edited for n in site.norms if n.bias and n.action != "keep"):
+        above, _, name = path.rpartition(".")
+        if (weight := module_at(model, above)._parameters.get(name)) is not None:
+            bias = torch.zeros(len(weight), dtype=weight.dtype, device=weight.device)
+            put(undo, module_at(model, above)._parameters, f"{name}_bias", nn.Parameter(bias, weight.requires_grad))
+            note(undo, module_at(model, above), Added(f"{name}_bias"))
+            continue
         layer = module_at(model, path)
         if layer._parameters.get("bias") is None:
             note(undo, layer, Biased("bias" in layer._parameters))
             put(undo, layer._parameters, "bias", _zero_bias(layer, path))
+
+
+def _read(graph: fx.Graph) -> set[str]:
+    """The parameters and buffers that a graph reads."""
+    return {str(node.target) for node in graph.find_nodes(op="get_attr")}
+
+
+def _drop_unread(undo: ExitStack, module: fx.GraphModule, names: set[str]) -> None:
+    """Take out the parameters and buffers of norms written out in a graph, where no other code can read them."""
+    for path in sorted(names):
+        holder_path, _, name = path.rpartition(".")
+        try:
+            holder = module.get_submodule(holder_path)
+        except AttributeError:  # it went with a norm's module
+            continue
+        if holder is not module and type(holder).forward is not nn.Module.forward:
+            continue
+        for mapping in (holder._parameters, holder._buffers):
+            tensor = mapping.get(name)
+            if tensor is not None:
+                kept: torch.Tensor = tensor
+                if isinstance(tensor, nn.Parameter):
+                    kept = nn.Parameter(torch.empty_like(tensor, device="meta"), tensor.requires_grad)
+                note(undo, holder, Unread(name, tuple(mapping), kept, start(tensor)))
+                delete(undo, mapping, name)
 
 
 def _unfused(norm: nn.Module, path: str) -> nn.Sequential:
@@ -250,9 +291,13 @@ def _repair(undo: ExitStack, model: nn.Module, repair: Repair) -> None:
     parameter = module._parameters.get(name)
     if parameter is None:
         raise ConversionError(f"the model has no parameter {repair.parameter!r}; the plan is another model's")
-    note(undo, module, Overwritten(name, "repair"))
-    if repair.how == "ones":
-        fill(undo, parameter, 1.0)
+    note(undo, module, Overwritten(name, "start" if repair.how in ("zeros", "scaled") else "repair"))
+    if repair.how in ("ones", "zeros"):
+        fill(undo, parameter, float(repair.how == "ones"))
+        return
+    if repair.how == "scaled":
+        undo.callback(overwrite, parameter, parameter.detach().clone())
+        overwrite(parameter, parameter.detach() * repair.factor)
         return
     tensors = [tensor for tensor in itertools.chain(module.parameters(), module.buffers()) if not tensor.is_meta]
     before = [tensor.detach().clone() for tensor in tensors]

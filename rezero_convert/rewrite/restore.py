@@ -22,6 +22,7 @@ from .changes import (
     Held,
     Overwritten,
     Regraphed,
+    Unread,
     delete,
     floats,
     put,
@@ -31,6 +32,7 @@ from .changes import (
     set_class,
     set_graph,
 )
+from .marker import unmark
 from .subclass import code_changes, recipe_of
 
 
@@ -69,6 +71,7 @@ def restore(model: nn.Module) -> tuple[str, ...]:
                 what = _undone(undo, model, module, entry, made)
                 if what is not None:
                     counts[what] = counts.get(what, 0) + 1
+            unmark(undo, module)
             for name in RECORDS:
                 if name in module.__dict__:
                     delete(undo, module.__dict__, name)
@@ -83,9 +86,11 @@ def _records(module: nn.Module) -> tuple[Entry, ...]:
 
 _PHRASES = {
     "norm": ("dropped norm was made anew at its start values", "dropped norms were made anew at their start values"),
+    "parameter": ("parameter of a dropped norm was made anew", "parameters of dropped norms were made anew"),
     "bias": ("trained bias that a norm had provided stays", "trained biases that norms had provided stay"),
     "gate": ("gate of the original keeps its present value", "gates of the original keep their present values"),
     "fold": ("folded gate stays in its branch's weights", "folded gates stay in their branches' weights"),
+    "start": ("start value that the method set stays", "start values that the method set stay"),
     "repair": ("undone zero initialization stays undone", "undone zero initializations stay undone"),
 }
 
@@ -116,6 +121,8 @@ def _undone(
             return _unbiased(undo, module, present)
         case Folded() | Emptied():
             return _unfolded(undo, model, module, entry)
+        case Unread():
+            return _reread(undo, model, module, entry)
         case Dropped():
             return _regrown(undo, model, module, entry, made)
     return None
@@ -132,6 +139,21 @@ def _unfolded(undo: ExitStack, model: nn.Module, module: nn.Module, entry: Folde
         ones = torch.ones_like(entry.value, device=like.device, dtype=like.dtype)
         put(undo, module._parameters, entry.name, nn.Parameter(ones))
     return "fold"
+
+
+def _reread(undo: ExitStack, model: nn.Module, module: nn.Module, entry: Unread) -> str | None:
+    """Put back what a norm written out in a graph reads: parameters at their start values."""
+    like = next(itertools.chain(floats(module), floats(model), [entry.blank]))
+    tensor, mapping = entry.blank, module._buffers
+    value: torch.Tensor = tensor.to(like.device) if not tensor.is_meta else tensor
+    if isinstance(tensor, nn.Parameter):
+        mapping = module._parameters  # type: ignore[assignment]  # both are dictionaries of tensors
+        full = torch.full_like(tensor, entry.start, device=like.device, dtype=like.dtype)
+        value = nn.Parameter(full, tensor.requires_grad)
+    now = {**mapping, entry.name: value}
+    order = [name for name in entry.order if name in now]
+    replace(undo, mapping, {name: now[name] for name in dict.fromkeys([*order, *now])})
+    return "parameter" if isinstance(tensor, nn.Parameter) else None
 
 
 def _unbiased(undo: ExitStack, layer: nn.Module, present: bool) -> str | None:

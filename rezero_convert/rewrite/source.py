@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..plan import Plan, Site
-from .alphas import alpha_edits
+from .alphas import alpha_edits, unfold_edits
 from .classes import spelling
 from .gates import arm_edits, existing_edits
 from .jobs import Jobs, check_agreement, collect, elsewhere, undecided
@@ -53,6 +53,8 @@ def rewrite(text: str, plan: Plan, file: str) -> Rewritten:
     if edited == body and jobs == Jobs((), (), (), (), (), (), ()):
         return Rewritten(text)
     source = parse(edited, file)
+    if unfolding := unfold_edits(source, jobs):
+        source = parse(apply(source, unfolding), file)
     edits, notes = _class_edits(source, jobs)
     result = apply(source, edits)
     if not body.endswith("\n") and result.endswith("\n"):
@@ -83,6 +85,7 @@ def _edit_bodies(source: Source, plan: Plan) -> str:
 
 def _lines(site: Site, file: str) -> set[int]:
     operands = [gate.at for gate in site.gates] + [norm.at for norm in site.norms]
+    operands += [site.skip_gate.at] if site.skip_gate is not None else []
     if site.activation is not None:
         operands.append(site.activation.at)
     return {operand.span.line for operand in operands if operand is not None and operand.span.file == file}

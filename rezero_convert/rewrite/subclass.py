@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .. import sources
 from ..errors import ConversionError
+from .changes import restart, starts
 from .recompile import codes, compiled, is_at, rebuilt, within
 
 
@@ -140,6 +141,8 @@ def converted_class(recipe: Recipe) -> type[Any]:
     namespace = {**by_class.get(0, {}), "rezero_recipe": recipe, "rezero_codes": changed}
     namespace["rezero_gate"] = staticmethod(rezero_gate)
     namespace["__init__"] = _init(base, recipe)
+    namespace["_apply"] = _apply(base)
+    namespace["reset_parameters"] = _reset_parameters(base)
     namespace["__reduce_ex__"] = _reduce_ex(recipe)
     if hasattr(base, "__deepcopy__"):
         namespace["__deepcopy__"] = _deepcopy(base, recipe)
@@ -183,6 +186,33 @@ def _init(base: Any, recipe: Recipe) -> Callable[..., None]:
                 object.__setattr__(self, "__class__", recipe.original)
 
     return __init__
+
+
+def _apply(base: Any) -> Callable[..., Any]:
+    """What `to` and `to_empty` call: gates that had no values, on the meta device, start where they are to start."""
+    apply = base._apply
+
+    @functools.wraps(apply)
+    def _apply(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        empty = any(self.get_parameter(name).is_meta for name in starts(self))
+        result = apply(self, *args, **kwargs)
+        if empty:
+            restart(self)
+        return result
+
+    return _apply
+
+
+def _reset_parameters(base: Any) -> Callable[..., None]:
+    """The class's own, if any, and then the gates: what re-initializes modules one by one leaves them as they start."""
+    reset = getattr(base, "reset_parameters", None)
+
+    def reset_parameters(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        result = None if reset is None else reset(self, *args, **kwargs)
+        restart(self)
+        return result
+
+    return reset_parameters if reset is None else functools.wraps(reset)(reset_parameters)
 
 
 def _deepcopy(base: Any, recipe: Recipe) -> Callable[..., Any]:

@@ -17,7 +17,7 @@ from libcst.metadata import CodePosition, CodeRange, MetadataWrapper, ParentNode
 
 from .. import sources
 from ..errors import ConversionError
-from ..plan import Loop, Operand, Site, Span
+from ..plan import Loop, Operand, Scale, Site, Span
 
 GateSpelling = Callable[[cst.Name, cst.BaseExpression, cst.BaseExpression], cst.BaseExpression]
 """How `alpha` scales an operand; the first argument is the text of the parameter, `self.alpha_attn`."""
@@ -94,18 +94,38 @@ def call(owner: cst.Name, alpha: cst.BaseExpression, operand: cst.BaseExpression
     )
 
 
+def scaled(alpha: cst.BaseExpression, scale: Scale) -> cst.BaseExpression:
+    """`factor * map(alpha)`, as a factor of a product."""
+    if scale.trailing:
+        sizes = ", ".join(["-1", *["1"] * scale.trailing])
+        alpha = cst.ensure_type(cst.parse_expression(f"_.view({sizes})"), cst.Call).with_changes(
+            func=cst.Attribute(alpha, cst.Name("view"))
+        )
+    if scale.map == "relu":
+        alpha = cst.Call(cst.Attribute(alpha, cst.Name("relu")))
+    elif scale.map == "complement":
+        alpha = _wrap(cst.BinaryOperation(cst.Integer("1"), cst.Subtract(), alpha))
+    if scale.factor != 1.0:
+        alpha = cst.BinaryOperation(cst.Float(repr(scale.factor)), cst.Multiply(), alpha)
+    return alpha
+
+
 def parenthesised(node: cst.BaseExpression) -> cst.BaseExpression:
     """`node`, in parentheses unless it binds tighter than any operator."""
     return node if _is_term(node) else _wrap(node)
 
 
+_ONE = Scale()
+
+
 @dataclass(frozen=True, slots=True)
 class _GateEdit:
     alpha: str
-    """"" adds no gate: only the activation goes in."""
+    """"" adds no gate: only the activation, or a constant factor, goes in."""
     activation: Operand | None
     where: Operand
     loops: tuple[Loop, ...] = ()
+    scale: Scale = _ONE
 
 
 @dataclass(slots=True)
@@ -128,15 +148,24 @@ class _Wanted:
                     if moved is not None:
                         raise ConversionError(f"{moved.span}: no operand is known that the activation could move to")
                     continue
-                change = _GateEdit("" if gate.existing else gate.alpha, moved, gate.at, gate.loops)
-                if not self._holds(gate.at) or (gate.existing and moved is None):
-                    continue
-                if self.gates.setdefault((gate.at.span, gate.at.index), change) != change:
-                    raise ConversionError(f"{gate.at.span}: two gates want the same operand")
+                change = _GateEdit("" if gate.existing else gate.alpha, moved, gate.at, gate.loops, gate.scale)
+                if not (gate.existing and moved is None):
+                    self._enter(change)
+            for shift in site.shifts:
+                if shift.at is not None:
+                    self._enter(_GateEdit(shift.alpha, None, shift.at, shift.loops, shift.scale))
+            if site.skip_gate is not None:
+                skip = site.skip_gate
+                self._enter(_GateEdit(skip.alpha, None, skip.at, skip.loops, skip.scale))
             calls = [norm.at for norm in site.norms if norm.action == "bypass" and norm.at is not None]
             for operand in [*calls, *([moved] if moved is not None else [])]:
                 if self._holds(operand):
                     self.bypasses[operand.span, operand.index] = operand
+
+    def _enter(self, change: _GateEdit) -> None:
+        at = change.where
+        if self._holds(at) and self.gates.setdefault((at.span, at.index), change) != change:
+            raise ConversionError(f"{at.span}: two gates want the same operand")
 
     def operands(self) -> tuple[Operand, ...]:
         """Every operand that must be found in the text."""
@@ -365,10 +394,14 @@ class _Editor(cst.CSTTransformer):
         if change.activation is not None:
             operand = self._activated(operand, change.activation)
         if not change.alpha:
-            return operand
+            if change.scale == _ONE:
+                return operand
+            return product(cst.Name("self"), cst.Float(repr(change.scale.factor)), operand)
         owner = cst.Name(self._first_argument(at, change.where.span))
         alpha = self.walked.get((change.where.span, change.where.index)) or self._attribute(at, change)
-        return self.spelling(owner, alpha.deep_clone(), operand)
+        if change.scale.map == "shift":
+            return cst.BinaryOperation(parenthesised(operand), cst.Add(), alpha.deep_clone())
+        return self.spelling(owner, scaled(alpha.deep_clone(), change.scale), operand)
 
     def _attribute(self, at: cst.CSTNode, change: _GateEdit) -> cst.BaseExpression:
         """`self.<alpha>`"""

@@ -16,7 +16,8 @@ from ..detect import gates
 from ..detect.drafts import is_gated
 from ..detect.flow import Flow, flow
 from ..listing import compact, number
-from ..plan import Options, Plan, Site, Span
+from ..methods import METHODS
+from ..plan import Options, Plan, Scale, Site, Span
 from .results import Check
 
 
@@ -30,6 +31,12 @@ class Branch:
     """The multiplication by the gate."""
     weights: tuple[str, ...]
     """Last first."""
+    term: int
+    """What is added."""
+    sign: int
+    """1 or -1; 0 where the add itself scales what it adds."""
+    scale: Scale | None = None
+    """How its gate is planned to scale it; None if that was not planned here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +54,8 @@ class Block:
     """The nodes of all branches."""
     wrong: str
     """What is wrong with the places of its gates."""
+    skip: Scale
+    """What scales the skip, by the method."""
     chosen: frozenset[str]
     """The checks that need not hold: a norm or an activation behind the sum was kept, a zero init not undone."""
 
@@ -81,6 +90,18 @@ class Subject:
     preserved: frozenset[str]
     """The gates whose blocks compute what they did before."""
     options: Options
+
+    @property
+    def closing(self) -> list[nn.Parameter]:
+        """What is 0 when all branches are shut: the gates, and the biases beside those that are weights of norms."""
+        found = dict(self.named)
+        for prefix, plan in self.plans if self.plans else ():
+            for site in plan.converted if METHODS[plan.options.method].norm_gate else ():
+                for gate in site.gates:
+                    name = f"{joined(prefix, site.path, gate.alpha).rpartition('.')[0]}.bias"
+                    bias = parameter_at(self.model, name)
+                    found |= {} if bias is None else {name: bias}
+        return list(found.values())
 
     symbolic: bool = False
     """There are no inputs to run it on."""
@@ -117,54 +138,69 @@ def look_at(subject: Subject, mode: str, trace: Trace) -> Look:
     look = Look(mode, facts, [], [])
     chosen, _, nested = detected.find(facts, partial(is_gated, facts))
     for block in [*chosen, *(one.block for one in nested)]:
-        found = [(branch, _known_gate(facts, branch, known)) for branch in block.branches]
+        found = [(branch, _known_gate(subject, facts, branch, known)) for branch in block.branches]
         own = [(branch, gate, name) for branch, pair in found if pair is not None for gate, name in [pair]]
         if own:
-            look.found.append(_block(subject, facts, block, own))
+            look.found.append(_block(subject, facts, block, own, len(look.found) + 1))
         elif block in chosen:
             look.ungated.append(detected.owner_call(facts, block.sum.node).path)
     return look
 
 
-def _known_gate(flow: Flow, branch: detected.Branch, known: dict[int, str]) -> tuple[gates.Found, str] | None:
+def _known_gate(
+    subject: Subject, flow: Flow, branch: detected.Branch, known: dict[int, str]
+) -> tuple[gates.Found, str] | None:
     """A branch's gate with its name, if registered; else any gate of one number, or zero now, is taken for one."""
     gate = gates.existing(flow, branch)
+    norm = gates.last_norm(flow, branch) if gate is None else None
+    if norm is not None and id(gates.parameter(flow, norm.parameter)) in known:
+        gate = norm
     if gate is None or gate.kind in ("input", "offset"):
         return None
     parameter = gates.parameter(flow, gate.parameter)
     if known:
         return (gate, known[id(parameter)]) if id(parameter) in known else None
-    gated = (gate.kind == "scalar" or gate.zero) and isinstance(parameter, nn.Parameter)
+    wanted = gate.kind == "scalar" or gate.zero or subject.options.granularity == "channel"
+    gated = wanted and isinstance(parameter, nn.Parameter)
     return (gate, gate.parameter) if gated else None
 
 
 def _block(
-    subject: Subject, flow: Flow, block: detected.Block, own: list[tuple[detected.Branch, gates.Found, str]]
+    subject: Subject, flow: Flow, block: detected.Block, own: list[tuple[detected.Branch, gates.Found, str]], k: int
 ) -> Block:
     frames = flow.origin(block.sum.node).frames
     span = frames[0].span if frames else None
     site = _site(subject, [name for _, _, name in own], span)
     kept = _keeps_tail(site) if site is not None else not subject.plans and subject.options.activation == "keep"
     chosen = {"vjp"} if kept else set()
-    if any(name in subject.preserved for _, _, name in own):
+    if any(name in subject.preserved for _, _, name in own) or (site is not None and site.shifts):
         chosen |= {"nonzero", "alive", "branch-alive"}
     branches = tuple(
-        Branch(source, gate.node, tuple(_weights(flow, branch)))
-        for branch, gate, _ in own
+        Branch(
+            source,
+            gate.node,
+            tuple(_weights(flow, branch)),
+            branch.term.value,
+            _sign(flow, branch),
+            _planned(site, name) if site is not None else _asked(subject, flow, gate, k),
+        )
+        for branch, gate, name in own
         for source in ([branch.term.value] if gate.node == branch.term.add else flow.inputs[gate.node])
         if not flow.constant[source]
     )
     where = site.span if site is not None and site.span is not None else span
+    skip = _skip(subject, site, k)
     return Block(
         path=frames[-1].owner or "" if frames else "",
         where=str(where) if where is not None else "(no source)",
         alphas=tuple(name for _, _, name in own),
         sum=block.sum.node,
-        output=_output(flow, block.sum.node, site),
-        shortcut=block.shortcut.value,
+        output=output_of(flow, block.sum.node, site),
+        shortcut=block.shortcut.value if skip == Scale() else _unscaled(flow, block.shortcut.value),
         branches=branches,
         inside=frozenset(node for branch in block.branches for node in branch.region[1:]),
-        wrong=_misplaced(flow, block, own),
+        wrong=_misplaced(flow, block, own, skip),
+        skip=skip,
         chosen=frozenset(chosen),
     )
 
@@ -198,7 +234,7 @@ def _parameters_at(flow: Flow, node: int) -> Iterator[str]:
         yield from (path for source in flow.inputs[node] if (path := flow.parameter(source)) is not None)
 
 
-def _output(flow: Flow, node: int, site: Site | None) -> int:
+def output_of(flow: Flow, node: int, site: Site | None) -> int:
     """The block's output: the sum, or the activation that its module applies to it, or its post-norm."""
     call = detected.owner_call(flow, node)
     post = {norm.path for norm in site.norms if norm.position == "post"} if site is not None else set()
@@ -215,11 +251,64 @@ def _output(flow: Flow, node: int, site: Site | None) -> int:
     return node
 
 
-def _misplaced(flow: Flow, block: detected.Block, own: list[tuple[detected.Branch, gates.Found, str]]) -> str:
+def _unscaled(flow: Flow, node: int) -> int:
+    """What a method's factor of the skip multiplies, or the value itself if nothing does."""
+    found = node
+    while flow.name(found) in ("mul", "to", "type_as"):
+        sources = [source for source in flow.inputs[found] if not flow.constant[source]]
+        if len(sources) != 1:
+            return node
+        if flow.name(found) == "mul":
+            return sources[0]
+        found = sources[0]
+    return node
+
+
+def _sign(flow: Flow, branch: detected.Branch) -> int:
+    add = branch.term.add
+    plain = flow.name(add) in ("add", "sub") and "alpha" not in flow.nodes[add].kwargs
+    return (-1 if branch.term.negative else 1) if plain else 0
+
+
+def _asked(subject: Subject, flow: Flow, gate: gates.Found, k: int) -> Scale:
+    """How the method scales the branch of a file's k-th block; the view of its gate is what it is."""
+    method = METHODS[subject.options.method]
+    if method.plain and subject.options.granularity == "scalar":
+        return Scale()
+    factors = [flow.shape(source) or () for source in flow.inputs[gate.node] if flow.constant[source]]
+    wide = [len(shape) - 1 - i for shape in factors for i, size in enumerate(shape) if size > 1]
+    factor = 1.0 if method.factor is None else method.factor(k, max(len(subject.named), k))
+    return Scale(method.map, factor, wide[0] if len(wide) == 1 else 0)
+
+
+def _planned(site: Site, name: str) -> Scale | None:
+    """How a new gate is planned to scale its branch."""
+    for gate in site.gates:
+        own = [joined(site.path, one) for one in gate.parameters()]
+        if not gate.existing and any(f".{name}".endswith(f".{one}") for one in own):
+            return gate.scale
+    return None
+
+
+def _skip(subject: Subject, site: Site | None, k: int) -> Scale:
+    """What scales the skip, by the plan, or by the method of a file's k-th block."""
+    if site is not None:
+        return Scale() if site.skip_gate is None else site.skip_gate.scale
+    method = METHODS[subject.options.method]
+    if callable(method.skip):
+        return Scale(factor=method.skip(k, max(len(subject.named), k)))
+    return Scale(map="complement" if method.skip == "complement" else "")
+
+
+def _misplaced(
+    flow: Flow, block: detected.Block, own: list[tuple[detected.Branch, gates.Found, str]], skip: Scale
+) -> str:
     if len(own) < len(block.branches):
         return "a branch of the block has no gate"
     known = {id(gates.parameter(flow, gate.parameter)): name for _, gate, name in own}
-    return "a gate scales the skip" if _gates_skip(flow, block, known) else ""
+    if _gates_skip(flow, block, known) == (skip.map == "complement"):
+        return ""
+    return "no gate scales the skip" if skip.map else "a gate scales the skip"
 
 
 def _gates_skip(flow: Flow, block: detected.Block, known: dict[int, str]) -> bool:
@@ -256,12 +345,19 @@ def trainable(subject: Subject, notes: list[str]) -> Iterator[Check]:
     reused = {name for name in frozen for site in subject.sites.get(name, ()) if _is_reused(site, name)}
     if reused:
         notes.append(f"frozen gates that were in the model before: {compact(sorted(reused))}")
-    stuck = [name for name in frozen if name not in reused]
+    constant = {name for name in frozen for site in subject.sites.get(name, ()) if not _is_trained(site, name)}
+    if not subject.plans and not METHODS[subject.options.method].trainable:
+        constant = set(frozen)
+    stuck = [name for name in frozen if name not in reused | constant]
     yield Check("trainable", "structure", not stuck, several("is frozen", stuck) or all_of(subject.named))
 
 
 def _is_reused(site: Site, name: str) -> bool:
     return any(gate.existing and name.endswith(gate.alpha) for gate in site.gates)
+
+
+def _is_trained(site: Site, name: str) -> bool:
+    return all(gate.trainable for gate in site.gates if any(name.endswith(one) for one in gate.parameters()))
 
 
 def structure(subject: Subject, look: Look, looks: list[Look], notes: list[str]) -> Iterator[Check]:

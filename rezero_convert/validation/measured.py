@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from ..capture.recorded import one_line, record_on, replay
 from ..errors import ConversionError
 from ..listing import compact
+from ..plan import Scale
 from .looks import (
     Block,
     Branch,
@@ -43,6 +44,8 @@ class _Observed:
     finite: dict[int, bool] = field(default_factory=dict)
     nonzero: dict[int, bool] = field(default_factory=dict)
     """Of branches and skips."""
+    values: dict[int, Tensor] = field(default_factory=dict)
+    """Of all that a block's form speaks of, where that was asked for."""
 
     def cotangent(self, node: int) -> Tensor:
         shape, dtype, device = self.likes[node]
@@ -52,13 +55,15 @@ class _Observed:
 def with_numbers(subject: Subject, look: Look, notes: list[str]) -> Look | None:
     """The look with its blocks' checks; on real tensors the model may have gone another way than in the trace."""
     try:
-        with gates_at_zero(subject.named.values()):
+        with gates_at_zero(subject.closing):
             try:
-                return _measure(subject, look, notes)
+                found = _measure(subject, look, notes)
             except ConversionError:  # on fake tensors transformers skips some of its branches
                 training = look.mode == "train"
                 trace = record_on("real", subject.model, subject.args, subject.kwargs, training=training)
-                return _measure(subject, look_at(subject, look.mode, trace), notes)
+                found = _measure(subject, look_at(subject, look.mode, trace), notes)
+        _measure_forms(subject, found)
+        return found
     except Exception as error:  # whatever the model raises
         said = str(error) if isinstance(error, ConversionError) else one_line(error)
         if look.mode == "eval":
@@ -69,7 +74,7 @@ def with_numbers(subject: Subject, look: Look, notes: list[str]) -> Look | None:
 
 def _measure(subject: Subject, look: Look, notes: list[str]) -> Look:
     seen = _run(subject, look)
-    look.checks = {block.sum: list(_at_zero(subject, block, seen, look.mode)) for block in look.found}
+    look.checks = {block.sum: list(_at_gates(subject, block, seen, look.mode)) for block in look.found}
     still = [block.path for block in look.found if not seen.nonzero.get(block.shortcut, True) and _excuse(look, block)]
     if still:
         notes.append(f"liveness was not checked where the stream is zero before the block: {compact(still)}")
@@ -86,6 +91,60 @@ def _measure(subject: Subject, look: Look, notes: list[str]) -> Look:
     if look.mode == "train":
         _retry(subject, look)
     return look
+
+
+def _measure_forms(subject: Subject, look: Look) -> None:
+    """Where a block is more than `x + a * F(x)`: whether it computes what its method says, at random gates.
+
+    There also the gates are alive whose map has no slope at 0.
+    """
+    formed = [block for block in look.found if block.skip != Scale() or _formed(block)]
+    if not formed:
+        return
+    with gates_at(subject.named.values(), _random):
+        seen = _run(subject, look, forms=frozenset(block.sum for block in formed))
+        for block in formed:
+            check = Check("form", look.mode, _holds(subject, block, seen), "the sum is not what the method says")
+            checks = [*look.checks[block.sum], check]
+            if any(branch.scale is not None and branch.scale.map for branch in block.branches):
+                again = {one.name: one for one in _at_gates(subject, block, seen, look.mode)}
+                checks = [again["alive"] if one.name == "alive" and "alive" in again else one for one in checks]
+            look.checks[block.sum] = checks
+
+
+def _formed(block: Block) -> bool:
+    return any(branch.scale not in (None, Scale()) for branch in block.branches)
+
+
+def _holds(subject: Subject, block: Block, seen: _Observed) -> bool:
+    """Whether products and sum are what `plan.Scale` says, up to rounding."""
+    for branch, name in zip(block.branches, block.alphas, strict=True):
+        if branch.scale is not None and branch.value != branch.product:
+            value, product = seen.values[branch.value], seen.values[branch.product]
+            if not _near(product, _factor(branch.scale, subject.named[name]) * value):
+                return False
+    if block.skip == Scale():
+        return True
+    (branch,) = block.branches
+    left = block.skip.factor * seen.values[block.shortcut]
+    if block.skip.map:
+        left = _factor(block.skip, subject.named[block.alphas[0]]) * seen.values[block.shortcut]
+    return not branch.sign or _near(seen.values[block.sum], left + branch.sign * seen.values[branch.term])
+
+
+def _factor(scale: Scale, alpha: Tensor) -> Tensor:
+    """`factor * map(alpha)`, written again for the check."""
+    value = alpha.detach().double()
+    value = value.clamp(min=0) if scale.map == "relu" else 1 - value if scale.map == "complement" else value
+    return scale.factor * value.reshape(-1, *[1] * scale.trailing)
+
+
+def _near(one: Tensor, other: Tensor) -> bool:
+    """Equal up to rounding in the precision of the first."""
+    if one.shape != other.shape:
+        return False
+    bound = 16 * torch.finfo(one.dtype).eps * float(other.abs().max()) if other.numel() else 0.0
+    return bool(((one.double() - other.double()).abs() <= bound).all())
 
 
 def _excuse(look: Look, block: Block) -> bool:
@@ -107,7 +166,7 @@ def _retry(subject: Subject, look: Look) -> None:
         except ConversionError:  # it goes another way: layers are dropped at random
             return
         for block in silent:
-            again = {check.name: check for check in _at_zero(subject, block, seen, look.mode)}
+            again = {check.name: check for check in _at_gates(subject, block, seen, look.mode)}
             look.checks[block.sum] = [
                 again[check.name] if check.name in _MORTAL and check.name in again and not check.ok else check
                 for check in look.checks[block.sum]
@@ -139,15 +198,24 @@ def _cone_inside(look: Look, block: Block) -> set[int]:
     return seen
 
 
-@contextmanager
-def gates_at_zero(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def gates_at_zero(parameters: Iterable[nn.Parameter]) -> AbstractContextManager[None]:
     """Set gates to 0, able to get a gradient; and put back what was there."""
+    return gates_at(parameters, torch.zeros_like)
+
+
+def _random(gate: Tensor) -> Tensor:
+    return 0.5 + torch.rand_like(gate)
+
+
+@contextmanager
+def gates_at(parameters: Iterable[nn.Parameter], values: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Set gates, able to get a gradient; and put back what was there."""
     saved = [(parameter, parameter.detach().clone(), parameter.requires_grad) for parameter in parameters]
     try:
         with torch.no_grad():
             for parameter, _, _ in saved:
                 parameter.requires_grad_(True)
-                parameter.zero_()
+                parameter.copy_(values(parameter))
         yield
     finally:
         with torch.no_grad():
@@ -156,23 +224,31 @@ def gates_at_zero(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
                 parameter.requires_grad_(required)
 
 
-def _run(subject: Subject, look: Look, seed: int = SEED) -> _Observed:
-    """One run with gradients, watching the nodes that matter."""
+def _run(subject: Subject, look: Look, seed: int = SEED, forms: frozenset[int] = frozenset()) -> _Observed:
+    """One run with gradients, watching the nodes that matter; the values of the blocks with these sums are kept."""
     torch.manual_seed(seed)
     try:
-        return _watch(subject, look, mark=True)
+        return _watch(subject, look, forms, mark=True)
     except RuntimeError:  # an input that is overwritten in place must not require a gradient
         torch.manual_seed(seed)
-        return _watch(subject, look, mark=False)
+        return _watch(subject, look, forms, mark=False)
 
 
-def _watch(subject: Subject, look: Look, *, mark: bool) -> _Observed:
+def _spoken_of(look: Look, forms: frozenset[int]) -> frozenset[int]:
+    """The nodes that the forms of the blocks with these sums speak of."""
+    blocks = [block for block in look.found if block.sum in forms]
+    inside = {node for block in blocks for one in block.branches for node in (one.value, one.product, one.term)}
+    return frozenset(inside | {node for block in blocks for node in (block.sum, block.shortcut)})
+
+
+def _watch(subject: Subject, look: Look, forms: frozenset[int], *, mark: bool) -> _Observed:
     seen = _Observed()
     last: dict[int, int] = {}
-    sums: dict[int, list[int]] = {}
+    sums: dict[int, list[Block]] = {}
+    kept = _spoken_of(look, forms)
     for block in look.found:
         last[block.shortcut] = max(block.sum, last.get(block.shortcut, 0))
-        sums.setdefault(block.sum, []).append(block.shortcut)
+        sums.setdefault(block.sum, []).append(block)
     branches = {branch.value for block in look.found for branch in block.branches}
     edges = {node for block in look.found for node in (block.sum, block.output, block.shortcut)} | branches
     skips: dict[int, Tensor] = {}
@@ -187,11 +263,13 @@ def _watch(subject: Subject, look: Look, *, mark: bool) -> _Observed:
             if value.requires_grad:
                 seen.edges[index] = get_gradient_edge(value)
         plain = value.detach()
-        for shortcut in sums.get(index, ()):
-            skip = skips[shortcut] if shortcut in skips else plain[:0]
-            seen.equal[index] = skip.shape == plain.shape and torch.equal(plain, skip)
-            if last[shortcut] == index:
-                del skips[shortcut]
+        if index in kept:
+            seen.values[index] = plain.clone()
+        for block in sums.get(index, ()):
+            skip = skips[block.shortcut] if block.shortcut in skips else plain[:0]
+            seen.equal[index] = skip.shape == plain.shape and torch.equal(plain, block.skip.factor * skip)
+            if last[block.shortcut] == index:
+                del skips[block.shortcut]
         if index in last:
             skips[index] = plain.clone()  # it may be overwritten before the sum
             seen.nonzero[index] = bool(plain.any())
@@ -205,7 +283,7 @@ def _watch(subject: Subject, look: Look, *, mark: bool) -> _Observed:
     return seen
 
 
-def _at_zero(subject: Subject, block: Block, seen: _Observed, mode: str) -> Iterator[Check]:
+def _at_gates(subject: Subject, block: Block, seen: _Observed, mode: str) -> Iterator[Check]:
     values = [branch.value for branch in block.branches]
     yield Check("identity", mode, seen.equal.get(block.sum, False), "the sum differs from the skip")
     yield Check("finite", mode, all(seen.finite.get(node, False) for node in values), "the branch is not finite")
@@ -219,7 +297,7 @@ def _at_zero(subject: Subject, block: Block, seen: _Observed, mode: str) -> Iter
     if block.shortcut in seen.edges:
         cotangent = seen.cotangent(block.output)
         (back,) = _grads(output, [seen.edges[block.shortcut]], cotangent)
-        same = back is not None and torch.equal(back, cotangent)
+        same = back is not None and torch.equal(back, block.skip.factor * cotangent)
         yield Check("vjp", mode, same, "the gradient passing back through the block is not the one coming in")
     grads = _grads(seen.edges[block.sum], [subject.named[name] for name in block.alphas], seen.cotangent(block.sum))
     dead = [name for name, grad in zip(block.alphas, grads, strict=True) if grad is None or not bool(grad.any())]

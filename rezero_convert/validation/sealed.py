@@ -41,7 +41,7 @@ def seals(subject: Subject, look: Look, notes: list[str]) -> Iterator[Check]:
     ]
     if not any(behind):
         return
-    with gates_at_zero(subject.named.values()):
+    with gates_at_zero(subject.closing):
         try:
             with _flipped(weights):
                 after = _outputs(subject)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..errors import ConversionError
 from ..listing import compact, number
 from ..plan import Options, Site
 from ..rewrite import modules
+from ..rewrite.changes import starts
 from .looks import (
     Look,
     Subject,
@@ -98,6 +99,26 @@ def _registered(model: nn.Module, planned: Iterable[str]) -> tuple[dict[str, nn.
     return found, broken
 
 
+def _values(subject: Subject, notes: list[str]) -> Iterator[Check]:
+    """Gates without a finite value; a note where they are not at the start: a reset may have done it."""
+    real = {name: gate.detach() for name, gate in subject.named.items() if not gate.is_meta}
+    wrong = [name for name, gate in real.items() if not gate.isfinite().all()]
+    if wrong:
+        yield Check("finite", "structure", False, several("is not finite", wrong))
+    start = {
+        joined(prefix, name): value
+        for prefix, module in subject.model.named_modules()
+        for name, value in starts(module).items()
+    }
+    moved = {name: gate for name, gate in real.items() if name in start and bool((gate != start[name]).any())}
+    if moved:
+        largest = max(float(gate.abs().max()) for gate in moved.values())
+        notes.append(
+            f"{len(moved)} of {len(start)} gates are not at their start values (largest: {largest:.3g}): "
+            "trained, loaded, or overwritten since the conversion"
+        )
+
+
 def _trace(subject: Subject, *, training: bool) -> Trace:
     if subject.symbolic:
         return without_inputs(subject.model, training=training)
@@ -127,6 +148,7 @@ def _validated(subject: Subject, broken: list[str]) -> Validation:
         Check("registered", "structure", not broken, several("is not a parameter", broken) or all_of(subject.named))
     ]
     checks += trainable(subject, notes)
+    checks += _values(subject, notes)
     asleep: tuple[str, ...] = ()
     if subject.runs:
         looks = [measured for look in looks if (measured := with_numbers(subject, look, notes)) is not None]

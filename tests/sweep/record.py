@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-Kind = Literal["structure", "numbers"]
+Kind = Literal["structure", "numbers", "text", "spans", "fresh"]
 Status = Literal["ok", "failed", "does not run"]
 
 
@@ -19,7 +19,7 @@ class Record:
     name: str
     kind: Kind
     """structure: built at full size on the meta device where that works, converted, the structure checked. numbers:
-    small, with real weights, all oracles."""
+    small, with real weights, all oracles. text, spans, fresh: see `static_vs_recorded`."""
     status: Status
     """does not run: not even unconverted; such models are not counted."""
     reasons: tuple[str, ...] = ()
@@ -38,6 +38,8 @@ class Record:
     seconds: float = 0.0
     convert_seconds: float = 0.0
     versions: dict[str, str] = field(default_factory=dict)
+    found: dict[str, Any] = field(default_factory=dict)
+    """What `static_vs_recorded` compares."""
 
     @property
     def key(self) -> tuple[str, str, str]:
