@@ -39,6 +39,7 @@ PUBLIC = {
     "convert_source",
     "draw",
     "fold",
+    "page",
     "param_groups",
     "unconvert",
     "validate",
