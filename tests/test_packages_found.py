@@ -159,7 +159,11 @@ def test_the_gates_of_all_passes_of_a_loop_start_at_zero_in_the_file(name: str, 
 @pytest.mark.parametrize(
     ("old", "new", "reason"),
     [
-        ("in self.layers:\n            x = layer", "in self.layers[1:]:\n            x = layer", "only walked"),
+        (
+            "for layer in self.layers:\n            x = layer",
+            "x = self.layers[0](x)\n        for layer in self.layers[1:]:\n            x = layer",
+            "only walked",
+        ),
         (
             "ModuleList(Scaled(nn.Linear(4, 4)) for _ in range(depth))",
             "ModuleList(made(depth))",
