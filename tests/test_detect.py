@@ -915,6 +915,40 @@ def test_a_norm_that_returns_more_than_its_tensor_stays() -> None:
     assert len(list(rz.alphas(converted))) == 1
 
 
+class OwnNorm(Linears):
+    """Its norm is called by itself, and by the module that holds it."""
+
+    def __init__(self) -> None:
+        super().__init__(norm=nn.LayerNorm(W))
+
+    def adapt(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return torch.relu(self.b(x)) + x
+
+    def forward(self, h: Tensor, x: Tensor) -> Tensor:
+        return self.adapt(torch.relu(self.a(h)) + x)
+
+
+class OneNormThreeCalls(Net):
+    """One of the calls is on a path that does not run."""
+
+    def __init__(self) -> None:
+        super().__init__(out=OwnNorm())
+        self.pre = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.out(self.out.norm(x) if self.pre else x, x)
+        return y if self.pre else self.out.norm(y)
+
+
+def test_the_uses_of_one_norm_go_together_or_not_at_all() -> None:
+    converted = rz.convert(OneNormThreeCalls(), vectors())
+    assert isinstance(converted.out.norm, nn.LayerNorm)
+    norms = [norm for site in plan(OneNormThreeCalls(), vectors()).converted for norm in site.norms]
+    assert len(norms) > 1
+    assert {norm.action for norm in norms} == {"keep"}
+
+
 def test_noise_of_a_computed_size_is_no_branch() -> None:
     assert only(plan(Sampled(), vectors()), "mean +").code == "RZ901"
 

@@ -237,14 +237,17 @@ def settle(held: list[Held], outside: Mapping[str, str], arms: frozenset[Span] =
             kept.setdefault(norm.path, norm.reason)
         elif norm.at is not None:
             dropped.setdefault(norm.path, set()).add(norm.at.span)
-    result = {}
-    for one in held:
+    for one in held:  # the uses of one norm go together or not at all
         norm = one.norm
-        reason = kept.get(norm.path) if norm.action != "keep" and norm.path else None
-        if norm.action == "bypass" and norm.attribute and reason is None:
+        if norm.action == "bypass" and norm.attribute and norm.path not in kept:
             reason = _other_use(one, dropped[norm.path] | arms)
-        result[norm] = norm if reason is None else _with(norm, "keep", reason)
-    return result
+            if reason is not None:
+                kept[norm.path] = reason
+    norms = {one.norm: kept.get(one.norm.path) if one.norm.path else None for one in held}
+    return {
+        norm: norm if reason is None or norm.action == "keep" else _with(norm, "keep", reason)
+        for norm, reason in norms.items()
+    }
 
 
 def _other_use(held: Held, bypassed: set[Span]) -> str | None:
