@@ -74,19 +74,19 @@ def _agree(case: Case, folder: Path, *, whole: bool) -> None:
     oracles.check(case, folder, whole=whole)
 
 
-@_examples(120)
+@_examples(100)
 @given(random=_RANDOM)
 def test_the_blocks_of_random_models(random: Random, tmp_path: Path) -> None:
     _agree(models.model(random), tmp_path, whole=False)
 
 
-@_examples(50)
+@_examples(20)
 @given(random=_RANDOM)
 def test_all_oracles_on_random_models(random: Random, tmp_path: Path) -> None:
     _agree(models.model(random), tmp_path, whole=True)
 
 
-@_examples(25)
+@_examples(10)
 @given(random=_RANDOM)
 def test_mutated_files(random: Random) -> None:
     mutant = mutations.mutant(random)

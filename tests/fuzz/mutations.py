@@ -24,7 +24,7 @@ class Mutant:
 
 
 @cache
-def files(largest: int = 40_000) -> tuple[Path, ...]:
+def files(largest: int = 15_000) -> tuple[Path, ...]:
     """The model files of timm and torchvision that are not too long to try many of."""
     timm, torchvision = (Path(str(find_spec(name).origin)).parent for name in ("timm", "torchvision"))  # type: ignore[union-attr]  # installed
     folders = (timm / "models", timm / "layers", torchvision / "models")
