@@ -86,7 +86,7 @@ def test_all_oracles_on_random_models(random: Random, tmp_path: Path) -> None:
     _agree(models.model(random), tmp_path, whole=True)
 
 
-@_examples(10)
+@_examples(40)
 @given(random=_RANDOM)
 def test_mutated_files(random: Random) -> None:
     mutant = mutations.mutant(random)

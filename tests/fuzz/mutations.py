@@ -29,7 +29,7 @@ def files(largest: int = 15_000) -> tuple[Path, ...]:
     timm, torchvision = (Path(str(find_spec(name).origin)).parent for name in ("timm", "torchvision"))  # type: ignore[union-attr]  # installed
     folders = (timm / "models", timm / "layers", torchvision / "models")
     found = sorted(file for folder in folders for file in folder.glob("*.py"))
-    return tuple(file for file in found if file.stat().st_size < largest and "nn." in file.read_text())
+    return tuple(file for file in found if file.stat().st_size < largest and "(nn.Module)" in file.read_text())
 
 
 def mutant(random: Random, changes: int = 3) -> Mutant:
