@@ -42,11 +42,12 @@ def normed(w: Writer, width: int) -> Part:
         if where != "end":
             make, goes = w.norm()
             h = _norm(w, c, make, goes, "x")
-            if w.chance(30):
-                h_name = c.local()
-                c.body.append(f"{h_name} = {h}")
-                h = h_name
-        value = branch(w, c, h)
+        inline = "(" in h and w.chance(50)  # a branch that reads it once
+        if "(" in h and not inline:
+            name = c.local()
+            c.body.append(f"{name} = {h}")
+            h = name
+        value = branch(w, c, h, linear=inline)
         if where != "pre":
             make, goes = w.norm()
             value = _norm(w, c, make, goes, value)
@@ -67,7 +68,10 @@ def post_norm(w: Writer, width: int) -> Part:
     out, (make, goes) = c.local(), w.norm()
     value = branch(w, c, "x")
     mark = w.mark(c, "converted", 1, why="post-norm")
-    norm = _norm(w, c, make, goes, "{}")
+    if make.startswith("ChannelNorm"):  # behind a change of layout it is not taken for the block's: either is right
+        norm = f"{c.module(make)}({{}})"
+    else:
+        norm = _norm(w, c, make, goes, "{}")
     if w.chance(50):
         c.body.append(f"return {norm.format(f'x + {value}')}{mark}")
     else:
