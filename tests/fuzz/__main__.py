@@ -23,25 +23,31 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--examples", type=int, default=100, help="how many models to draw")
     parser.add_argument("--mutants", type=int, default=0, help="how many mutations of real files to try")
     parser.add_argument("--seed", type=int, default=0, help="of the first; the next has the next")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no example after this time")
     parser.add_argument("--show", type=int, default=3, help="how many failures of a kind to print with their text")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    start, failures = time.perf_counter(), collections.Counter[str]()
+    start, tried, failures = time.perf_counter(), 0, collections.Counter[str]()
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(options.seed, options.seed + options.examples):
+            if time.perf_counter() - start > options.seconds:
+                break
+            tried += 1
             case = models.model(random.Random(seed))
             try:
                 oracles.check(case, Path(folder))
             except Exception as error:
                 _tell(f"seed {seed}", error, case.text, failures, options.show)
         for seed in range(options.seed, options.seed + options.mutants):
+            if time.perf_counter() - start > options.seconds:
+                break
+            tried += 1
             mutant = mutations.mutant(random.Random(seed))
             try:
                 mutations.check(mutant)
             except Exception as error:
                 _tell(f"mutant {seed} of {mutant.name}", error, mutant.change, failures, options.show)
-    tried = options.examples + options.mutants
     print(f"{tried} tried, {sum(failures.values())} failed, {time.perf_counter() - start:.0f} s")
     return int(bool(failures))
 
