@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx, nn
 from torch._guards import active_fake_mode
 
-from . import file_plan
+from . import file_plan, sources
 from .capture import capture
 from .capture.recorded import one_line
 from .codes import BLOCKS_LEFT
@@ -166,10 +166,11 @@ def convert_source(
             compile or would be changed by a second run.
     """
     settings = make_options(**options)
-    plan = _source_plan(text, file, model, example_inputs, settings)
-    plan, made = file_plan.carried_out(text, plan, file)
-    if made.text != text:
-        file_plan.recheck(text, made.text, file, settings, again=model is None)
+    with sources.registered(file, text):
+        plan = _source_plan(text, file, model, example_inputs, settings)
+        plan, made = file_plan.carried_out(text, plan, file)
+        if made.text != text:
+            file_plan.recheck(text, made.text, file, settings, again=model is None)
     return SourceResult(made.text, Report(plan, title=file), made.notes)
 
 
@@ -184,7 +185,8 @@ def audit_source(
     Raises:
         ConversionError: as `convert_source`.
     """
-    return Report(_source_plan(text, file, model, example_inputs, make_options(**options)), title=file)
+    with sources.registered(file, text):
+        return Report(_source_plan(text, file, model, example_inputs, make_options(**options)), title=file)
 
 
 def _source_plan(text: str, file: str, model: nn.Module | None, example_inputs: Any, options: Options) -> Plan:

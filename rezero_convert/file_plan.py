@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -153,12 +154,25 @@ def _completed(site: Site, same: Site | None) -> Site:
     known = {repair.parameter for repair in site.repairs}
     gone = {f"{norm.path}.weight" for norm in site.norms if norm.action != "keep"}
     more = [dataclasses.replace(repair, parameter=prefix + repair.parameter) for repair in same.repairs]
-    conditional = {gate.at for gate in same.gates if gate.conditional and gate.at is not None}
+    conditional = [gate.at for gate in same.gates if gate.conditional and gate.at is not None]
     gates = tuple(
-        dataclasses.replace(gate, conditional=gate.conditional or gate.at in conditional) for gate in site.gates
+        dataclasses.replace(gate, conditional=gate.conditional or any(at.same_text(gate.at) for at in conditional))
+        if gate.at is not None
+        else gate
+        for gate in site.gates
     )
     repairs = (*site.repairs, *(repair for repair in more if repair.parameter not in known | gone))
-    return dataclasses.replace(site, gates=gates, repairs=repairs)
+    norms = tuple(_held_in_text(norm, prefix, same.norms) for norm in site.norms)
+    return dataclasses.replace(site, gates=gates, repairs=repairs, norms=norms)
+
+
+def _held_in_text(norm: Norm, prefix: str, by_text: Iterable[Norm]) -> Norm:
+    """A norm that is one element of a list, kept where the text keeps all that one expression makes."""
+    for other in by_text:
+        same = fnmatchcase(norm.path, prefix + other.path)
+        if norm.action == "slot" and "*" in other.path and other.action == "keep" and same:
+            return dataclasses.replace(norm, action="keep", reason=other.reason)
+    return norm
 
 
 def _unreached(site: Site) -> Site | None:
@@ -203,12 +217,22 @@ def _agreed(sites: list[Site]) -> Iterator[Site]:
 
 
 def _by_place(sites: Iterable[Site], file: str) -> tuple[Site, ...]:
-    """One site per add of the file: seen from its own class first, else from a class that holds it."""
-    best: dict[Any, Site] = {}
+    """One site per add of the file: seen from its own class first, else from a class that holds it.
+
+    But for an add that lies inside a branch wherever its class is held.
+    """
+    seen: dict[Span, list[Site]] = {}
     for site in sites:
         if site.span is not None and site.span.file == file:
-            best[site.span] = min(best.get(site.span, site), site, key=_distance)
-    return tuple(best[span] for span in sorted(best))
+            seen.setdefault(site.span, []).append(site)
+    return tuple(min(_inside(views) or views, key=_distance) for _, views in sorted(seen.items()))
+
+
+def _inside(views: list[Site]) -> list[Site]:
+    """Of the views of an add, those that see it inside a branch; none if a class that holds its own sees a block."""
+    held = [site for site in views if site.path]
+    inside = [site for site in held if site.verdict == "interior"]
+    return inside if not any(site.verdict == "converted" for site in held) else []
 
 
 def _nested(sites: Iterable[Site], seen: Iterable[Site]) -> tuple[Site, ...]:

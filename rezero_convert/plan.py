@@ -78,6 +78,10 @@ class Operand:
     index: int | str
     receiver: bool = False
 
+    def same_text(self, other: Operand) -> bool:
+        """Whether both are one operand of one expression; text by itself does not know its module's name."""
+        return (self.span, self.index) == (other.span, other.index)
+
 
 @dataclass(frozen=True, slots=True)
 class Loop:

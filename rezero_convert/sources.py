@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import linecache
 import tokenize
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -29,6 +30,22 @@ def register(file: str, text: str) -> None:
     linecache.cache[file] = (len(text), None, rows, file)
     if before and before != rows:
         forget()
+
+
+@contextmanager
+def registered(file: str, text: str) -> Iterator[None]:
+    """`text` under `file` for a while: code that was imported from there may have another."""
+    before = linecache.cache.get(file)
+    register(file, text)
+    try:
+        yield
+    finally:
+        here = linecache.getlines(file)
+        del linecache.cache[file]
+        if before is not None:
+            linecache.cache[file] = before
+        if linecache.getlines(file) != here:
+            forget()
 
 
 def stand_in(file: str, text: str, of: str) -> None:

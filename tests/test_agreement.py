@@ -279,6 +279,97 @@ def test_a_block_that_is_refused_for_one_instance_is_refused_for_all(tmp_path: P
     assert "second shares this text with first, but cannot be gated: no linear" in reasons[0]
 
 
+NORMS = """\
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, depth):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(depth)])
+        self.norms = nn.ModuleList([nn.LayerNorm(4) for _ in range(depth)])
+
+    def forward(self, x):
+        for norm, layer in zip(self.norms, self.layers):
+            x = x + torch.tanh(layer(norm(x)))
+        return x
+"""
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_norms_that_one_expression_makes_stay_in_the_file(depth: int, tmp_path: Path) -> None:
+    file = tmp_path / f"rz_norms_{depth}.py"
+    file.write_text(NORMS)
+    model, x = targets.load(file).Net(depth), torch.randn(2, 4)
+    made = rz.convert_source(NORMS, file=str(file), model=model, example_inputs=x)
+    assert made.text == rz.convert_source(NORMS, file=str(file)).text
+    assert "alpha * torch.tanh(layer(norm(x)))" in made.text
+    reasons = {norm.reason for site in made.report.plan.converted for norm in site.norms}
+    assert reasons == {"it is held in a list that is not written out"}
+
+
+CONDITIONAL = """\
+import torch
+from torch import nn
+
+
+class Scale(nn.Module):
+    def __init__(self, width, init=1e-5):
+        super().__init__()
+        self.gamma = nn.Parameter(init * torch.ones(width))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class Net(nn.Module):
+    def __init__(self, init=None):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.scale = Scale(4, init=init) if init else nn.Identity()
+
+    def forward(self, x):
+        return x + self.scale(torch.tanh(self.linear(x)))
+"""
+
+
+def test_a_gate_that_the_model_was_made_without_starts_at_one_in_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "rz_conditional.py"
+    file.write_text(CONDITIONAL)
+    model, x = targets.load(file).Net(), torch.randn(2, 4)
+    made = rz.convert_source(CONDITIONAL, file=str(file), model=model, example_inputs=x)
+    assert made.text == rz.convert_source(CONDITIONAL, file=str(file)).text
+    assert "Scale(4, init=1.0) if init else nn.Identity()" in made.text
+
+
+CHOICE = """\
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, first):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(4, 4) for _ in range(3))
+        self.first = first
+
+    def forward(self, x):
+        return x + torch.tanh(self.c(x)) + torch.tanh(self.a(x) if self.first else self.b(x))
+"""
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_names_do_not_depend_on_the_arm_that_ran(first: bool, tmp_path: Path) -> None:
+    file = tmp_path / f"rz_choice_{first}.py"
+    file.write_text(CHOICE)
+    model, x = targets.load(file).Net(first), torch.randn(2, 4)
+    names = {name for name, _ in rz.alphas(rz.convert(model, x))}
+    text = rz.convert_source(CHOICE, file=str(file)).text
+    assert len(names) == 2
+    assert all(f"self.{name} = " in text for name in names)
+
+
 def test_a_copy_keeps_its_line_ends(tmp_path: Path) -> None:
     case = next(case for case in FILES if case.module == "torchvision.models.resnet")
     copy = tmp_path / original(case).name

@@ -34,6 +34,20 @@ DOORS: dict[str, Door] = {
 }
 
 
+class Unread(nn.Module):
+    """The sum is where the branch was: nobody reads what `add_` returns."""
+
+    def __init__(self, width: int, active: bool) -> None:
+        super().__init__()
+        self.fc = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width))
+        self.active = active
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.fc(x)
+        out.add_(x)
+        return F.gelu(out) if self.active else out
+
+
 class Attention(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -742,3 +756,15 @@ def test_the_time_is_proportional_to_the_nodes() -> None:
         assert len(rz.audit(traced, torch.randn(1, 8)).plan.converted) == blocks
         seconds.append(time.process_time() - start)
     assert seconds[2] < 8 * seconds[1]
+
+
+@pytest.mark.parametrize("active", [False, True])
+@pytest.mark.parametrize("door", ["symbolic_trace", "decomposed", "make_fx"])
+def test_a_sum_made_in_place_is_read_where_the_branch_was(door: str, active: bool) -> None:
+    model, x = nn.Sequential(Unread(4, active), nn.Linear(4, 2)).eval(), torch.randn(3, 4)
+    live = rz.convert(model, x)
+    graph = rz.convert(DOORS[door](model, x), x)
+    for one in (live, graph):
+        (alpha,) = (value for _, value in rz.alphas(one))
+        nn.init.constant_(alpha, 0.5)
+    torch.testing.assert_close(graph(x), live(x))

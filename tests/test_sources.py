@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import torch
+
 import rezero_convert as rz
-from rezero_convert import sources
+from rezero_convert import sources, targets
 
 BLOCK = """
 import torch
@@ -35,3 +39,16 @@ def test_lines_end_at_line_feeds_only() -> None:
     sources.register("<line feeds>", text)
     assert sources.text("<line feeds>") == text
     assert sources.lines("<line feeds>")[1] == "b = 1\n"
+
+
+def test_a_text_is_known_for_the_length_of_a_call_only(tmp_path: Path) -> None:
+    """The code that was imported from a file has that file's text, whatever else was rewritten under its name."""
+    file = tmp_path / "rz_registered.py"
+    file.write_text(BLOCK.format(name="norm", branch="self.linear(self.norm(x))"))
+    model = targets.load(file).Block()
+    made = rz.convert_source(file.read_text(), file=str(file))
+    assert rz.convert_source(made.text, file=str(file)).text == made.text
+    assert rz.audit_source(made.text, file=str(file)).plan.converted == ()
+    assert len(rz.audit(model, torch.randn(2, 8)).plan.converted) == 1
+    again = rz.convert_source(file.read_text(), file=str(file), model=model, example_inputs=torch.randn(2, 8))
+    assert again.text == made.text

@@ -84,7 +84,8 @@ def construct(cls: type, args: tuple[Value, ...], kwargs: dict[str, Value], scop
     inplace = kwargs.get("inplace")
     if isinstance(inplace, Const) and inplace.value is True:
         own = dataclasses.replace(own, inplace=True)
-    return Module("leaf", own, cls, args=args, kwargs=kwargs)
+    written = sources.segment(sources.span_of(scope.file, at)) if at is not None else ""
+    return Module("leaf", own, cls, args=args, kwargs=kwargs, constructor=written)
 
 
 def elements(args: tuple[Value, ...]) -> tuple[tuple[str, Value], ...]:

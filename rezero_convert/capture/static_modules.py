@@ -101,7 +101,9 @@ def _called(instance: Instance, arguments: Arguments, at: ast.expr, scope: Scope
 def leaf(instance: Instance, own: Facts, arguments: Arguments, at: ast.expr, scope: Scope) -> Value:
     args = [plain(value) for value in arguments.args]
     kwargs = {key: plain(value) for key, value in arguments.kwargs.items()}
-    return emit(scope, "call_module", instance.path or "self", args, kwargs, own, at)
+    node = emit(scope, "call_module", instance.path or "self", args, kwargs, own, at)
+    node.meta["constructor"] = instance.module.constructor
+    return node
 
 
 def too_much(scope: Scope) -> bool:

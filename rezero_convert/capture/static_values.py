@@ -82,7 +82,7 @@ class Module:
     """Arguments that are not in `args` and `kwargs` may have been given."""
     elements: tuple[tuple[str, Value], ...] = ()
     constructor: str = ""
-    """Source text of a parameter's initial value."""
+    """Source text of a parameter's initial value; of the call that makes a leaf."""
     optional: bool = False
     bypassed: bool = False
     """Under a condition an identity takes its place."""

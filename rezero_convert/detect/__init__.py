@@ -300,13 +300,15 @@ def _named(flow: Flow, drafts: list[Draft], others: list[arms.Arm], options: Opt
     """Give the alphas their names, the sites their form; arms that did not run count as adds of their class."""
     requests = [request for draft in drafts for request in draft.requests if request is not None]
     requests += [asked for arm in others for gate in arm.found.gates if (asked := _of_arm(flow, arm, gate))]
-    given = names.alphas(
-        requests,
+    by_text = {asked: _as_in_text(flow, asked, options) for asked in requests}
+    chosen = names.alphas(
+        by_text.values(),
         shared=options.share == "layer",
         exclusive=lambda one, other: exclusive(one.span, other.span),
         taken=_taken(flow, drafts),
         several=cache(partial(_holds_several, flow, drafts, options)),
     )
+    given = {asked: chosen[named] for asked, named in by_text.items()}
     sites = []
     for draft in drafts:
         made = (
@@ -347,6 +349,19 @@ def _holds_several(flow: Flow, drafts: list[Draft], options: Options, name: str)
     if len(kinds) > 1 and sum(not code.adds_number(span) for span in adds(file, definition)) > 1:
         return True
     return len({gate.at for site in _static(options, file, cls.__qualname__) for gate in site.gates}) > 1
+
+
+def _as_in_text(flow: Flow, asked: names.Request, options: Options) -> names.Request:
+    """The request with the child that the text by itself names: a run has seen one arm of `a(x) if c else b(x)`."""
+    place = asked.at.place
+    if flow.trace.model is None or not place.cls or asked.at.span in flow.trace.generated:
+        return asked
+    try:
+        found = _static(options, place.file, place.cls)
+    except ConversionError:  # a file without a text
+        return asked
+    children = (gate.child for site in found for gate in site.gates if gate.at and gate.at.same_text(asked.at))
+    return replace(asked, child=next(children, "") or asked.child)
 
 
 def _of_arm(flow: Flow, arm: arms.Arm, gate: Gate) -> names.Request | None:

@@ -13,6 +13,7 @@ from ..plan import Operand
 from . import code
 from .flow import Flow
 from .patterns import POINTWISE
+from .shapes import keeps_shape
 from .sums import Sum, Term, halves, operands, sums
 
 SkipKind = Literal["identity", "projection", "slice"]
@@ -377,14 +378,31 @@ def _projection(
     here, there = flow.shape(whole.node), flow.shape(skip)
     certain = here is not None and there is not None
     moved = all(flow.facts[node].kind in ("layout", "dropout") and flow.name(node) != "choice" for node in path)
-    if certain and here == there and not moved:
+    alike = here == there if certain else all(keeps_shape(flow, node) or _is_scale(flow, node) for node in path)
+    if alike and not moved:
         return Refusal(whole, "RZ903", f"a parallel path of the same shape, {operand}, instead of a skip", 2)
+    if not certain and _is_pooled(flow, path) and not any(_may_pool(flow, b.region) for b in branches):
+        return Refusal(whole, "RZ906", f"{operand} is pooled, the branch is not: it is broadcast", 2)
     same = moved and certain and prod(here or ()) == prod(there or ())
     kind: SkipKind = "identity" if same else "slice" if moved else "projection"
     beside = frozenset(flow.index[node] for node in call.inputs) - {skip}
     if kind == "projection" and not all(flow.reaches(b.term.value, skip, avoid=beside) for b in branches):
         return Refusal(whole, "RZ904", f"{operand} and the branch are of different inputs of the module", 2)
     return Block(whole, shortcut, skip, kind, branches, certain)
+
+
+def _is_pooled(flow: Flow, path: tuple[int, ...]) -> bool:
+    """Whether a shortcut is reduced to one value, along dimensions that no change of layout has made."""
+    return any(flow.name(node) in _REDUCTIONS for node in path) and not any(
+        flow.facts[node].kind == "layout" for node in path
+    )
+
+
+def _may_pool(flow: Flow, region: tuple[int, ...]) -> bool:
+    """Whether a branch may be as small as a pooled shortcut."""
+    return not all(
+        keeps_shape(flow, node) or flow.name(node) in POINTWISE or flow.facts[node].weight for node in region[1:]
+    )
 
 
 def _is_one_convolution(flow: Flow, branch: Branch) -> bool:

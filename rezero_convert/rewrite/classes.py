@@ -218,6 +218,8 @@ def _element(source: Source, call: ast.Call, key: str, function: Function | None
             elements = [inside] if isinstance(inside, (ast.List, ast.Tuple)) else []
     if len(elements) == 1 and isinstance(elements[0], (ast.List, ast.Tuple)):
         elements = elements[0].elts
+    elif last_name(call.func) == "ModuleList":
+        elements = []  # a list of modules from elsewhere
     if elements and all(isinstance(e, ast.Tuple) and len(e.elts) == 2 and literal(e.elts[0]) for e in elements):
         pairs_of = [e.elts for e in elements if isinstance(e, ast.Tuple)]
         named = next((value for name, value in pairs_of if literal(name) == key), None)

@@ -15,7 +15,7 @@ from torch import fx, nn
 from torch._ops import OpOverload
 
 from .. import sources
-from ..capture.facts import operation
+from ..capture.facts import of_function, operation
 from ..capture.graphs import graph_modules, text_of
 from ..errors import ConversionError
 from ..plan import Gate, Norm, Operand, Place, Scale, Site, SkipGate
@@ -126,6 +126,8 @@ class _Editor:
     def gate(self, site: Site, gate: Gate, at: Operand) -> None:
         """Scale an operand, with the activation of the sum on it if that moves."""
         node, branch = self.node(at), self.operand(at)
+        if isinstance(branch, fx.Node) and _overwrites(node, branch):  # who reads it afterwards reads the sum
+            branch.replace_all_uses_with(node, delete_user_cb=lambda user: node < user)
         if node.target is torch.ops.aten.lerp.Scalar:
             node.target = torch.ops.aten.lerp.Tensor
         moved = site.activation if site.activation is not None and site.activation.action == "move" else None
@@ -293,6 +295,12 @@ class _Editor:
 
 _PLACE = ("nn_module_stack", "stack_trace", "source_fn_stack")
 _VALUE = ("val", "tensor_meta", "example_value")
+
+
+def _overwrites(node: fx.Node, value: fx.Node) -> bool:
+    """Whether an operation leaves its result in one of its operands: `value.add_(other)`."""
+    facts = of_function(getattr(node.target, "_opname", node.target))
+    return node.op in ("call_function", "call_method") and facts.inplace and node.all_input_nodes[0] is value
 
 
 def _dtype(node: fx.Node) -> torch.dtype | None:
