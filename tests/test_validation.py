@@ -802,3 +802,24 @@ def test_a_branch_that_is_zero_in_eval_mode_only_is_a_note() -> None:
     check = rz.validate(rz.convert(Fading(True), torch.randn(2, 4, 8, 8)), torch.randn(2, 4, 8, 8))
     assert check.ok, check.failures
     assert any("alive in train mode" in note for note in check.notes)
+
+
+class RootAtZero(nn.Module):
+    """Its gradient is not a number, converted or not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + torch.tanh(self.fc(x))
+        return x * torch.sqrt(0.0 * x)
+
+
+def test_gradients_that_are_no_numbers_are_compared_as_such() -> None:
+    model, x = RootAtZero(), torch.randn(2, 4)
+    checks = validation.equality(model, rz.convert(model, x, alpha_init="preserve"), x)
+    assert all(check.ok for check in checks), checks
+    other = copy.deepcopy(model)
+    nn.init.constant_(other.fc.weight, torch.inf)  # saturates: the gradients of the branch are zero times infinity
+    assert not all(check.ok for check in validation.equality(model, other, x))
