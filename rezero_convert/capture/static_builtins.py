@@ -120,6 +120,8 @@ def items_of(module: Module) -> tuple[tuple[str, Value], ...] | None:
         return module.elements
     if ELEMENTS in module.attributes:
         stored = module.attributes[ELEMENTS]
+        if isinstance(stored, Table):  # by name
+            return tuple(stored.items.items())
         return elements((stored,)) if isinstance(stored, Tup) else None
     return None
 

@@ -406,10 +406,11 @@ def _may_pool(flow: Flow, region: tuple[int, ...]) -> bool:
 
 
 def _is_one_convolution(flow: Flow, branch: Branch) -> bool:
-    """Whether a branch is a convolution and at most norms, as in RepVGG."""
+    """Whether a branch is a convolution and at most norms, as in RepVGG; in each arm, if there is a choice."""
     weighted = [node for node in branch.region[1:] if has_weight(flow, node)]
-    linear = not _is_nonlinear(flow, branch.region)
-    return linear and len(weighted) == 1 and flow.name(weighted[0]).lower().startswith("conv")
+    if _is_nonlinear(flow, branch.region) or not all(flow.name(node).lower().startswith("conv") for node in weighted):
+        return False
+    return not any(flow.reaches(later, node) for i, node in enumerate(weighted) for later in weighted[i + 1 :])
 
 
 def _is_scale(flow: Flow, node: int) -> bool:
