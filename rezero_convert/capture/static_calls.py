@@ -176,9 +176,9 @@ def _register(name: str, arguments: Arguments, scope: Scope) -> Value:
             if name == "register_buffer":
                 value = Module("buffer", Facts("parameter", "buffer"))
             scope.env["self." + args[0].value] = value
-            known = scope.env.get(ELEMENTS, Table({}))
-            if name in ("add_module", "register_module") and isinstance(known, Table):
-                scope.env[ELEMENTS] = Table({**known.items, args[0].value: value})
+            named = scope.env.get(ELEMENTS, Table({}))
+            if name in ("add_module", "register_module") and isinstance(named, Table):
+                scope.env[ELEMENTS] = Table({**named.items, args[0].value: value})
         elif name in ("add_module", "register_module"):
             known = scope.env.get(ELEMENTS)
             items = known.items if isinstance(known, Tup) else ()
