@@ -65,13 +65,10 @@ def _norm(w: Writer, c: Class, make: str, goes: bool, value: str) -> str:
 
 def post_norm(w: Writer, width: int) -> Part:
     c = w.begin("Post")
-    out, (make, goes) = c.local(), w.norm()
+    out, (make, goes) = c.local(), w.norm(inside=False)
     value = branch(w, c, "x")
     mark = w.mark(c, "converted", 1, why="post-norm")
-    if make.startswith("ChannelNorm"):  # behind a change of layout it is not taken for the block's: either is right
-        norm = f"{c.module(make)}({{}})"
-    else:
-        norm = _norm(w, c, make, goes, "{}")
+    norm = _norm(w, c, make, goes, "{}")
     if w.chance(50):
         c.body.append(f"return {norm.format(f'x + {value}')}{mark}")
     else:

@@ -83,7 +83,7 @@ def _end(w: Writer, c: Class, stem: str, width: int) -> None:
     kind = w.random.choice(("plain", "head", "norm and head")) if stem == "Net" else "plain"
     if kind == "norm and head":
         c.body.append(f"x = {c.module(w.linear(str(width), str(width)))}(x)")  # else it is the last block's post-norm
-        make, _ = w.norm()
+        make, _ = w.norm(inside=False)
         c.body.append(f"x = {c.module(make.replace('width', str(width)))}(x)")
     if kind != "plain":
         c.body.append(f"x = {c.module(w.linear(str(width), '3'))}(x)")

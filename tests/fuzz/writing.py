@@ -172,10 +172,15 @@ class Writer:
         kernel = self.random.choice(("1", "3, padding=1", "(3, 1), padding=(1, 0)"))
         return f"nn.Conv2d({inputs}, {outputs}, {kernel}{end})"
 
-    def norm(self) -> tuple[str, bool]:
-        """A norm of `width`, and whether it is one that goes by default."""
+    def norm(self, *, inside: bool = True) -> tuple[str, bool]:
+        """A norm of `width`, and whether it is one that goes by default.
+
+        Args:
+            inside: in a residual branch. Elsewhere it is none whose call is in a class of its own: in files such a
+                class keeps its norm for all who use it (README, Limits).
+        """
         if self.image:
-            kind = self.random.choice(("batch", "group", "own"))
+            kind = self.random.choice(("batch", "group", "own") if inside else ("batch", "group"))
             if kind == "own":
                 self.once(_CHANNEL_NORM)
             return {
