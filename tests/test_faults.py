@@ -226,7 +226,7 @@ def test_a_module_in_a_zip_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [("x + self", "x - self"), ("x + self.fc(self", "x + self.ff(self"), ("self.fc(self.norm(x))", "self.norm(self.fc(x))")],
+    [("x + self", "x - self"), ("self.fc(", "self.ff("), ("self.fc(self.norm(x))", "self.norm(self.fc(x))")],
 )
 def test_source_edited_since_import_is_not_mixed_with_what_runs(
     old: str, new: str, folder: Path, monkeypatch: pytest.MonkeyPatch
