@@ -579,7 +579,7 @@ def _deliver(result: _Result, arguments: argparse.Namespace, screen: _Screen) ->
 def diff(name: str, before: str, after: str) -> str:
     """The unified diff of two texts, for `git apply` and `patch -p1`; only "\\n" ends a line."""
     sides = (name, name) if os.path.isabs(name) or name.startswith("<") else (f"a/{name}", f"b/{name}")
-    made = difflib.unified_diff(_rows(before), _rows(after), *map(_quoted, sides))
+    made = difflib.unified_diff(_rows(before), _rows(after), _quoted(sides[0]), _quoted(sides[1]))
     return "".join(line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in made)
 
 
