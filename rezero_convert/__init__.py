@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +94,11 @@ def __getattr__(name: str) -> Any:
     """Public names are imported when first used: `--help` and `--version` must not wait for torch."""
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    state = random.getstate()
+    try:
+        value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    finally:
+        random.setstate(state)  # rich draws a number when it is imported
     globals()[name] = value
     return value
 

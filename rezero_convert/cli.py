@@ -7,10 +7,12 @@ import dataclasses
 import difflib
 import functools
 import glob
+import io
 import json
 import multiprocessing
 import os
 import sys
+import tokenize
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -22,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from . import __version__
 from .errors import ConversionError
 from .files import replace
+from .listing import visible
 from .methods import METHODS
 
 if TYPE_CHECKING:
@@ -99,7 +102,7 @@ class _Screen:
 
     def say(self, line: str) -> None:
         if not self.quiet:
-            print(f"{PROGRAM}: {line}", file=sys.stderr)
+            print(visible(f"{PROGRAM}: {line}"), file=sys.stderr)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -135,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _failed(message: str) -> int:
-    print(f"{PROGRAM}: error: {' '.join(message.split())}", file=sys.stderr)
+    print(visible(f"{PROGRAM}: error: {' '.join(message.split())}"), file=sys.stderr)
     return 2
 
 
@@ -359,6 +362,12 @@ def _expanded(name: str) -> Iterator[tuple[str, Path, bool]]:
     yield from ((str(member), member, True) for member in members)
 
 
+def _leads_out(path: Path, named: Iterable[str]) -> bool:
+    """Whether a file found in a folder is a link to one that is in none of what was named."""
+    target = path.resolve()
+    return path.is_symlink() and not any(target.is_relative_to(Path(name).resolve()) for name in named)
+
+
 def _members(folder: Path) -> Iterator[Path]:
     """The .py files below a folder, but for hidden folders, caches and virtual environments."""
     for root, folders, files in os.walk(folder):
@@ -367,7 +376,8 @@ def _members(folder: Path) -> Iterator[Path]:
             for name in folders
             if not name.startswith(".") and name != "__pycache__" and not Path(root, name, "pyvenv.cfg").exists()
         ]
-        yield from (Path(root, name) for name in files if name.endswith(".py"))
+        found = (Path(root, name) for name in files if name.endswith(".py"))
+        yield from (path for path in found if path.is_file())  # no pipes, no editor's lock
 
 
 _MANY = 8
@@ -394,11 +404,15 @@ def _outcomes(named: list[_Named], arguments: argparse.Namespace, given: dict[st
 def _outcome(named: _Named, arguments: argparse.Namespace, given: dict[str, Any]) -> _Outcome:
     name, path, member = named
     try:
+        if arguments.write and member and path is not None and _leads_out(path, arguments.files):
+            raise ConversionError(f"{name}: a link to {path.resolve()}, which was not named: name it to change it")
         file = _read(name, path)
         if _has_model(file):
             return name, _rewrite(file, arguments, given)
     except ConversionError as error:
         return name, error
+    except (RecursionError, MemoryError):
+        return name, ConversionError(f"{name}: its expressions or statements are nested too deeply")
     except Exception as error:  # its traceback would not come through from another process
         return name, ConversionError(_crash(error, f"{name}: "))
     if member or arguments.check or len(arguments.files) > 1:
@@ -423,9 +437,14 @@ def _read(name: str, path: Path | None) -> _File:
         raise ConversionError(f"{name}: cannot be read: {error.strerror}") from error
     try:
         text = data.decode("utf-8-sig")
+        declared, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
+        if not declared.startswith("utf-8") and data.decode(declared, errors="replace") != text:
+            raise ConversionError(f"{name}: declared to be {declared}, not UTF-8: Python reads another text in it")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         raise ConversionError(f"{name}:{line}: not UTF-8 ({error.reason})") from error
+    except SyntaxError as error:
+        raise ConversionError(f"{name}: syntax error: {error.msg}") from error
     return _File(name, path, text, bom=data.startswith(b"\xef\xbb\xbf"))
 
 
@@ -560,8 +579,16 @@ def _deliver(result: _Result, arguments: argparse.Namespace, screen: _Screen) ->
 def diff(name: str, before: str, after: str) -> str:
     """The unified diff of two texts, for `git apply` and `patch -p1`; only "\\n" ends a line."""
     sides = (name, name) if os.path.isabs(name) or name.startswith("<") else (f"a/{name}", f"b/{name}")
-    made = difflib.unified_diff(_rows(before), _rows(after), *sides)
+    made = difflib.unified_diff(_rows(before), _rows(after), _quoted(sides[0]), _quoted(sides[1]))
     return "".join(line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in made)
+
+
+def _quoted(name: str) -> str:
+    """A file's name as git writes it in a patch: with control characters in octal."""
+    if name.isprintable():
+        return name
+    data = os.fsencode(name)
+    return '"' + "".join(chr(one) if 32 <= one < 127 and one not in b'"\\' else f"\\{one:03o}" for one in data) + '"'
 
 
 def _rows(text: str) -> list[str]:
@@ -581,7 +608,8 @@ def _print_diff(result: _Result, screen: _Screen) -> None:
     console = Console(soft_wrap=True)
     styles = {"+": "green", "-": "red", "@": "cyan"}
     for line in text.splitlines():
-        console.print(Text(line, style="bold" if line.startswith(("+++", "---")) else styles.get(line[:1], "")))
+        style = "bold" if line.startswith(("+++", "---")) else styles.get(line[:1], "")
+        console.print(Text(visible(line), style=style))
 
 
 def _emit(data: bytes) -> None:

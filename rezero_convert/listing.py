@@ -59,6 +59,16 @@ def clean(text: str) -> str:
     return _INVALID.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
+def visible(text: str) -> str:
+    """Text without what a terminal obeys instead of showing it: control characters, marks of direction, escaped."""
+    if text.isprintable():
+        return text
+    return "".join(
+        letter if letter.isprintable() or letter in "\n\t" else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
+
 def number(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 

@@ -14,7 +14,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from .listing import DIGITS, compact, number, where_of
+from .listing import DIGITS, compact, number, visible, where_of
 from .pages import brief, document
 from .plan import Norm, Plan, Repair, Site, Verdict, as_dict
 
@@ -98,7 +98,7 @@ class Report:
             lines += _block(group)
         lines += _wrapped([f"note: {note}" for note in (*self.plan.notes, *self.notes)])
         lines += _wrapped(today(self.alphas))
-        return "\n".join([*lines, *_wrapped([totals(self)])])
+        return visible("\n".join([*lines, *_wrapped([totals(self)])]))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """A table where the screen is wide enough for the files' names in a column of their own, else a list."""
@@ -107,11 +107,11 @@ class Report:
         if name + _BESIDE <= options.max_width:
             yield _table(_heading(self), groups, name)
         else:
-            yield Text(_heading(self), style="bold")
+            yield _text(_heading(self), style="bold")
             yield from (_listed(group, options.max_width) for group in groups)
-        yield from (Text(f"note: {note}") for note in (*self.plan.notes, *self.notes))
-        yield from (Text(line) for line in today(self.alphas))
-        yield Text(totals(self), style="bold")
+        yield from (_text(f"note: {note}") for note in (*self.plan.notes, *self.notes))
+        yield from (_text(line) for line in today(self.alphas))
+        yield _text(totals(self), style="bold")
 
     def _repr_html_(self) -> str:
         return brief(self.to_dict(), _heading(self), [*today(self.alphas), totals(self)])
@@ -139,22 +139,22 @@ class Report:
 
 def _table(heading: str, groups: Iterable[Sites], name: int) -> Table:
     """The groups as rows; `name` is the width of the first column."""
-    table = Table(title=Text(heading), title_justify="left", title_style="bold", pad_edge=False, expand=True)
+    table = Table(title=_text(heading), title_justify="left", title_style="bold", pad_edge=False, expand=True)
     table.add_column("where", width=max(name, len("where")), ratio=5, overflow="fold")
     for column, share in (("verdict", 3), ("block", 4), ("gate", 3), ("norms and reasons", 5)):
         table.add_column(column, ratio=share, overflow="fold")
     for group in groups:
         site = group.first
-        where = Text(where_of(site.shown), style="bold")
+        where = _text(where_of(site.shown), style="bold")
         where.append(f"\n{site.text.strip()}", style="not bold")
-        paths = Text(compact(group.paths))
+        paths = _text(compact(group.paths))
         paths.append(f"\n{', '.join(part for part in (site.cls, site.form) if part)}", style="italic")
         table.add_row(
             where,
-            Text(f"{site.code}\n{site.verdict}", style=_STYLES.get(site.verdict, "")),
+            _text(f"{site.code}\n{site.verdict}", style=_STYLES.get(site.verdict, "")),
             paths.append(f"\nx {len(group.paths)}" if len(group.paths) > 1 else ""),
-            Text("\n".join(group.alphas)),
-            Text("\n".join(_remarks(group))),
+            _text("\n".join(group.alphas)),
+            _text("\n".join(_remarks(group))),
         )
     return table
 
@@ -164,13 +164,13 @@ def _listed(group: Sites, width: int) -> Group:
     site = group.first
     times = f" (x {len(group.paths)})" if len(group.paths) > 1 else ""
     who = ", ".join(part for part in (compact(group.paths) + times, site.cls, *group.alphas) if part)
-    verdict = Text(f"{site.code} {site.verdict}", style=_STYLES.get(site.verdict, ""))
+    verdict = _text(f"{site.code} {site.verdict}", style=_STYLES.get(site.verdict, ""))
     verdict.append(f"  {site.form}" if site.form else "", style="italic")
     room = width - 4
     code = site.text.strip()
     code = code if len(code) <= room else f"{code[: room - 4]} ..."
-    rows = [verdict, *(Text(_parted(line, room)) for line in (who, code, *_remarks(group)) if line)]
-    place = Text(_parted(where_of(site.shown), width), style="bold")
+    rows = [verdict, *(_text(_parted(line, room)) for line in (who, code, *_remarks(group)) if line)]
+    place = _text(_parted(where_of(site.shown), width), style="bold")
     return Group(place, *(Padding(row, (0, 0, 0, 4), expand=False) for row in rows))
 
 
@@ -183,6 +183,10 @@ def _parted(text: str, width: int) -> str:
             rows += [part] if rows[-1] and len(rows[-1]) + len(part) > width else [rows.pop() + part]
         words.append("\n".join(rows))
     return " ".join(words)
+
+
+def _text(text: str, style: str = "", **how: Any) -> Text:
+    return Text(visible(text), style, **how)
 
 
 def grouped(sites: Iterable[Site]) -> tuple[Sites, ...]:

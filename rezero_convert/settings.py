@@ -29,7 +29,7 @@ def project_settings(start: Path, names: Sequence[str]) -> dict[str, Any]:
             continue
         try:
             content = tomllib.loads(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        except (OSError, UnicodeDecodeError, RecursionError, tomllib.TOMLDecodeError) as error:
             raise ConversionError(f"{file}: cannot be read: {error}") from error
         section = content.get("tool", {}).get("rezero-convert", {})
         if not isinstance(section, dict):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import linecache
+import os
+import sys
 import tokenize
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -78,7 +80,7 @@ def text(file: str) -> str:
     Raises:
         ConversionError: the text cannot be had.
     """
-    lines = linecache.getlines(file)
+    lines = linecache.getlines(file) or _imported_lines(file)
     if lines:
         return "".join(lines)
     try:
@@ -86,6 +88,16 @@ def text(file: str) -> str:
             return stream.read()
     except (OSError, SyntaxError, UnicodeDecodeError) as error:
         raise ConversionError(f"{file}: no source text ({error})") from error
+
+
+def _imported_lines(file: str) -> list[str]:
+    """The lines of a module that was imported from elsewhere than a file of this name: a zip archive."""
+    if file.startswith("<") or os.path.exists(file):
+        return []
+    for module in list(sys.modules.values()):
+        if getattr(module, "__dict__", {}).get("__file__") == file:
+            return linecache.getlines(file, vars(module))
+    return []
 
 
 @cached

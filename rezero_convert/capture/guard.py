@@ -8,10 +8,12 @@ import sys
 import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 Replace = Callable[[Tensor], Tensor]
 
@@ -20,12 +22,14 @@ Replace = Callable[[Tensor], Tensor]
 def untouched(model: nn.Module, *, training: bool = False, gradients: bool = False) -> Iterator[None]:
     """A context in eval (or train) mode, without gradients, backward hooks and the fused attention path.
 
-    It leaves no change. Put back on exit, also after an exception: every module's attributes (with lists, dicts and
-    sets among them, parameters, buffers, children and hooks, all by identity), training flags, random states of torch,
-    Python and NumPy, grad mode, the default device and dtype, the attention fast path.
+    It leaves no change. Put back on exit, also after an exception: every module's attributes (with lists, dicts, sets,
+    the user's own objects and random generators among them, parameters, buffers, children and hooks, all by identity),
+    training flags, random states of torch, Python and NumPy, grad mode, the default device and dtype, the attention
+    fast path. Not: globals, class attributes, `__slots__`, files, and what lies deeper than four levels.
     """
     modules = tuple(model.modules())
-    saved = [_Saved(module) for module in modules]
+    seen: set[int] = set()
+    saved = [_Saved(module, seen) for module in modules]
     with contextlib.ExitStack() as stack:
         stack.enter_context(_global_state())
         stack.enter_context(warnings.catch_warnings())
@@ -102,22 +106,30 @@ def _items(value: Any) -> Iterable[Any]:
     return value.values() if isinstance(value, dict) else ()
 
 
+@contextlib.contextmanager
+def still(model: nn.Module | None) -> Iterator[None]:
+    """A context in which reading a parametrized tensor does not change it: spectral norm iterates in train mode."""
+    lists = [] if model is None else [one for one in model.modules() if isinstance(one, ParametrizationList)]
+    parts = [(part, part.training) for one in lists for part in one.modules()]
+    for part, _ in parts:
+        part.__dict__["training"] = False
+    try:
+        yield
+    finally:
+        for part, training in parts:
+            part.__dict__["training"] = training
+
+
 class _Saved:
-    """A module's attributes, and the contents of containers among them."""
+    """A module's attributes, and the state of what hangs on them."""
 
-    __slots__ = ("attributes", "containers", "module", "training")
+    __slots__ = ("attributes", "inside", "module", "training")
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, seen: set[int]) -> None:
         self.module = module
         self.training = module.training
         self.attributes = dict(module.__dict__)
-        self.containers: list[tuple[Any, Any]] = [
-            (value, type(value)(value) if type(value) in (list, set, deque) else list(value))
-            if not isinstance(value, dict)
-            else (value, list(value.items()))
-            for value in self.attributes.values()
-            if isinstance(value, (dict, list, set, deque)) and value is not self.attributes
-        ]
+        self.inside = [undo for value in self.attributes.values() for undo in _saved_state(value, seen, _DEPTH)]
 
     def restore(self) -> None:
         if isinstance(self.module, torch.jit.ScriptModule):
@@ -129,12 +141,58 @@ class _Saved:
         ):
             attributes.clear()
             attributes.update(self.attributes)
-        for container, contents in self.containers:
-            if isinstance(container, dict):
-                _restore_dict(container, contents)
-            elif len(container) != len(contents) or any(a is not b for a, b in zip(container, contents, strict=True)):
-                container.clear()
-                (container.update if isinstance(container, set) else container.extend)(contents)
+        for undo in self.inside:
+            undo()
+
+
+_DEPTH = 4  # how deep containers and objects hang on one another
+_PLAIN = (Tensor, nn.Module, str, int, float, type)
+
+
+def _saved_state(value: Any, seen: set[int], depth: int) -> Iterator[Callable[[], object]]:
+    """What puts the state of a container, a random generator or an object of the user's back, and of what is in it."""
+    if depth == 0 or value is None or isinstance(value, _PLAIN) or id(value) in seen:
+        return
+    seen.add(id(value))
+    inside: Iterable[Any] = ()
+    if isinstance(value, dict):
+        yield partial(_restore_dict, value, list(value.items()))
+        inside = list(value.values())
+    elif isinstance(value, (list, set, deque)):
+        yield partial(_restore_items, value, list(value))
+        inside = list(value)
+    elif isinstance(value, (tuple, frozenset)):
+        inside = value
+    elif (generator := _saved_generator(value)) is not None:
+        yield generator
+    elif is_users_object(value):
+        yield partial(_restore_dict, vars(value), list(vars(value).items()))
+        inside = list(vars(value).values())
+    for item in inside:
+        yield from _saved_state(item, seen, depth - 1)
+
+
+def _saved_generator(value: Any) -> Callable[[], object] | None:
+    """What puts the state of a random generator of torch, Python or NumPy back; None for anything else."""
+    if isinstance(value, random.Random):
+        return partial(value.setstate, value.getstate())
+    if isinstance(value, torch.Generator) or type(value).__qualname__ == "RandomState":
+        return partial(value.set_state, value.get_state())
+    if type(value).__module__.startswith("numpy.random") and hasattr(value, "bit_generator"):
+        return partial(setattr, value.bit_generator, "state", value.bit_generator.state)
+    return None
+
+
+def is_users_object(value: Any) -> bool:
+    """Whether a value is an object with attributes, of no class of torch or Python: its locks are left alone."""
+    top = type(value).__module__.partition(".")[0]
+    return hasattr(value, "__dict__") and not callable(value) and top != "torch" and top not in sys.stdlib_module_names
+
+
+def _restore_items(container: Any, contents: list[Any]) -> None:
+    if len(container) != len(contents) or any(a is not b for a, b in zip(container, contents, strict=True)):
+        container.clear()
+        (container.update if isinstance(container, set) else container.extend)(contents)
 
 
 def _restore_dict(container: dict[Any, Any], contents: list[tuple[Any, Any]]) -> None:

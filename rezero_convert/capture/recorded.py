@@ -29,7 +29,7 @@ from . import facts
 from .facts import Facts
 from .frames import TORCH, FrameReader
 from .graphs import unflattened
-from .guard import substitute, untouched
+from .guard import is_users_object, substitute, untouched
 from .trace import Call, Frame, Origin, Trace
 
 Rung = Literal["fake", "meta", "real"]
@@ -108,9 +108,8 @@ def replay(
 
     with untouched(model, training=training, gradients=True):
         paths = substitute(model, parameter=lambda tensor: tensor, buffer=Tensor.clone, other=Tensor.clone)
-        inputs = _converted((args, kwargs), lambda tensor: tensor.detach().clone().requires_grad_(tensor.requires_grad))
         recorder = _Recorder(model, paths, weak=True, observe=checked)
-        return list(tensors_in(_execute(recorder, model, inputs)))
+        return list(tensors_in(_execute(recorder, model, fresh_inputs((args, kwargs)))))
 
 
 _PASSING = frozenset({"contiguous", "to", "type_as", "float", "half", "bfloat16", "double"})
@@ -221,6 +220,11 @@ def _quiet() -> Iterator[None]:
         logger.disabled = disabled
 
 
+def fresh_inputs(inputs: Any) -> Any:
+    """Nested inputs again, for a model that may overwrite them."""
+    return _converted(inputs, lambda tensor: tensor.detach().clone().requires_grad_(tensor.requires_grad))
+
+
 def _converted(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
     """A copy of nested inputs with every tensor converted, the same one once."""
     memo: dict[int, Any] = {}
@@ -231,7 +235,8 @@ def _converted(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
         if isinstance(item, Tensor):
             memo[id(item)] = convert(item)
             return memo[id(item)]
-        if depth == 0 or not any(True for _ in tensors_in(item, depth)):
+        filled = any(True for _ in tensors_in(item, depth))
+        if depth == 0 or not (filled or isinstance(item, (list, dict)) or is_users_object(item)):
             return item
         if isinstance(item, (tuple, list)):
             items = [walk(part, depth - 1) for part in item]

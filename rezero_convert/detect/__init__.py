@@ -13,6 +13,7 @@ from torch import nn
 
 from .. import known, sources
 from ..capture.facts import is_leaf
+from ..capture.guard import still
 from ..capture.static import adds, exclusive, traces
 from ..capture.trace import Frame, Trace, origin
 from ..errors import ConversionError
@@ -35,7 +36,11 @@ def detect(trace: Trace, options: Options | None = None) -> Plan:
         trace: from any capture.
         options: what to drop, move, include; the defaults of `Options` if None.
     """
-    options = options or Options()
+    with still(trace.model):
+        return _plan(trace, options or Options())
+
+
+def _plan(trace: Trace, options: Options) -> Plan:
     facts = flow(trace, options.norm_types)
     blocks, refusals, nested = find(facts, partial(is_gated, facts))
     gated_long = [one.block for one in nested if options.long_skips and one.verdict == "long-skip"]

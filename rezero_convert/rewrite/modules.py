@@ -19,6 +19,7 @@ from torch import fx, nn
 
 from ..capture import facts
 from ..capture.graphs import graph_modules
+from ..capture.guard import still
 from ..errors import ConversionError
 from ..known import SWITCHES
 from ..plan import Gate, Plan, Repair
@@ -274,7 +275,8 @@ def _unfused(norm: nn.Module, path: str) -> nn.Sequential:
 
 
 def _zero_bias(layer: nn.Module, path: str) -> nn.Parameter:
-    weight = getattr(layer, "weight", None)
+    with still(layer):
+        weight = getattr(layer, "weight", None)
     size = getattr(layer, "out_features", None) or getattr(layer, "out_channels", None)
     if type(layer) is nn.Module and isinstance(weight, torch.Tensor):  # torch.export keeps parameters, not classes
         size = len(weight)

@@ -303,12 +303,15 @@ def _within(part: CodeType, whole: CodeType) -> bool:
 
 
 def _marks(code: CodeType) -> tuple[set[object], set[object], set[object]]:
-    """Names, constants, and positions of operations, nested functions' included."""
+    """Names, constants, and operations with their positions, nested functions' included."""
     names: set[object] = {*code.co_names, *code.co_freevars}
     constants: set[object] = {repr(const) for const in code.co_consts if not isinstance(const, CodeType)}
-    opcodes = code.co_code[::2]
-    places = zip(opcodes, code.co_positions(), strict=True)
-    spots: set[object] = {position for op, position in places if op in _OPERATIONS and None not in position}
+    places = zip(code.co_code[::2], code.co_code[1::2], code.co_positions(), strict=True)
+    spots: set[object] = {
+        (op, which if op in _KINDS else 0, position)
+        for op, which, position in places
+        if op in _OPERATIONS and None not in position
+    }
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
             more = _marks(inner)
@@ -321,3 +324,5 @@ _OPERATIONS = frozenset(
     for name in ("CALL", "CALL_FUNCTION_EX", "CALL_KW", "BINARY_OP", "BINARY_SUBSCR", "COMPARE_OP", "STORE_ATTR")
     if name in opcode.opmap
 )
+_KINDS = frozenset(opcode.opmap[name] for name in ("BINARY_OP", "COMPARE_OP"))
+"""Operations whose argument says which it is: `+` or `-`."""

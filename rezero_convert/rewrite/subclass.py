@@ -161,7 +161,10 @@ def _subclass(base: type, others: tuple[type, ...], namespace: dict[str, Any]) -
     hears = any("__init_subclass__" in cls.__dict__ for cls in base.__mro__[:-1])
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     namespace = {**names, "rezero_original": base, **namespace}
-    return type(base.__name__, ((_Quiet,) if hears else ()) + (base, *others), namespace)
+    try:
+        return type(base.__name__, ((_Quiet,) if hears else ()) + (base, *others), namespace)
+    except Exception as error:  # whatever a metaclass may raise
+        raise ConversionError(f"{base.__module__}.{base.__qualname__} cannot be derived from: {error}") from error
 
 
 _copied: ContextVar[nn.Module | None] = ContextVar("_copied", default=None)

@@ -35,25 +35,15 @@ def equality(original: nn.Module, preserved: nn.Module, example_inputs: Any = No
     args, kwargs = resolve_inputs(original, example_inputs)
     checks: list[Check] = []
     for mode in ("eval", "train"):
-        checks += _equal_in(mode, original, preserved, lambda: _fresh((args, kwargs)))
+        checks += _equal_in(mode, original, preserved, args, kwargs)
     return tuple(checks)
 
 
-def _fresh(inputs: Any) -> Any:
-    """The inputs again, for a model that may overwrite them."""
-    if isinstance(inputs, Tensor):
-        return inputs.detach().clone().requires_grad_(inputs.requires_grad)
-    if type(inputs) in (tuple, list):
-        return type(inputs)([_fresh(item) for item in inputs])
-    if type(inputs) is dict:
-        return {key: _fresh(item) for key, item in inputs.items()}
-    return inputs
-
-
-def _equal_in(mode: str, original: nn.Module, preserved: nn.Module, inputs: Callable[[], Any]) -> Iterator[Check]:
+def _equal_in(
+    mode: str, original: nn.Module, preserved: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Iterator[Check]:
     results = []
     for name, model in (("the original", original), ("the converted model", preserved)):
-        args, kwargs = inputs()
         try:
             results.append(run_model(model, args, kwargs, training=mode == "train", gradients=True))
         except Exception as error:  # whatever a model raises

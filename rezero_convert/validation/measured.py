@@ -47,6 +47,20 @@ class _Observed:
     values: dict[int, Tensor] = field(default_factory=dict)
     """Of all that a block's form speaks of, where that was asked for."""
 
+    late: dict[int, Tensor] = field(default_factory=dict)
+    """Made with gradients turned off: in an `autograd.Function`, their history comes when that returns."""
+
+    def link(self, node: int, value: Tensor) -> None:
+        self.likes[node] = (value.shape, value.dtype, value.device)
+        if value.requires_grad:
+            self.edges[node] = get_gradient_edge(value)
+        elif not torch.is_grad_enabled():
+            self.late[node] = value
+
+    def catch_up(self) -> None:
+        for node in [node for node, value in self.late.items() if value.requires_grad]:
+            self.edges[node] = get_gradient_edge(self.late.pop(node))
+
     def cotangent(self, node: int) -> Tensor:
         shape, dtype, device = self.likes[node]
         return torch.randn(shape, dtype=dtype, device=device)
@@ -259,9 +273,8 @@ def _watch(subject: Subject, look: Look, forms: frozenset[int], *, mark: bool) -
         if index in sums and not torch.is_grad_enabled():
             seen.paused.add(index)
         if index in edges:
-            seen.likes[index] = (value.shape, value.dtype, value.device)
-            if value.requires_grad:
-                seen.edges[index] = get_gradient_edge(value)
+            seen.link(index, value)
+        seen.catch_up()
         plain = value.detach()
         if index in kept:
             seen.values[index] = plain.clone()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..capture.guard import substitute, untouched
-from ..capture.recorded import tensors_in
+from ..capture.recorded import fresh_inputs, tensors_in
 
 SEED = 0
 
@@ -20,6 +20,7 @@ def run_model(
     with untouched(model, training=training, gradients=gradients):
         substitute(model, parameter=lambda tensor: tensor, buffer=Tensor.clone, other=Tensor.clone)
         torch.manual_seed(SEED)
+        args, kwargs = fresh_inputs((args, kwargs))
         return list(tensors_in(model(*args, **kwargs))), dict(model.named_parameters())
 
 
