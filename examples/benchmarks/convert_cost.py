@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import resource
 import warnings
 from collections.abc import Callable
+from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -141,47 +144,54 @@ def measured(name: str, rounds: int, limit: float) -> dict[str, Any]:
     return {"model": name, "times": times, "failed": failed, "peak_gib_of_process": round(peak, 3)}
 
 
+def report(results: list[dict[str, Any]]) -> None:
+    """Print the tables."""
+    own = ["audit", "convert, verify=False", "convert"]
+    ran = [found for found in results if not {"forward", *own} & found["failed"].keys()]
+    rows = []
+    for found in ran:
+        times: dict[str, list[float]] = found["times"]
+        columns = [shown(ratio(times, one, "forward")) for one in (*own, *TOOLS)]
+        against = shown(ratio(times, "convert", "Torch-Pruning"))
+        forward = f"{1e3 * median(times['forward']):.0f}"
+        rows.append([found["model"], forward, *columns, against, f"{found['peak_gib_of_process']:.2f}"])
+    print("ratios of process CPU time to one forward on meta: median (smallest-largest) of the rounds\n")
+    print(table(["model", "forward, ms", *own, *TOOLS, "convert / Torch-Pruning", "peak memory so far, GiB"], rows))
+    depths = [found for found in ran if found["model"].startswith("fc-")]
+    steps = [(one, two) for one in depths for two in depths if int(two["model"][3:]) == 2 * int(one["model"][3:])]
+    rows = [
+        [f"{one['model']} -> {two['model']}"]
+        + [f"{median(two['times'][what]) / median(one['times'][what]):.2f}" for what in ("forward", *own)]
+        for one, two in steps
+    ]
+    if rows:
+        print("\nratio of the times of twice the depth (medians)\n")
+        print(table(["depth", "forward", *own], rows))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS), help="the models to measure")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--limit", type=float, default=20.0, help="seconds above which a tool has one round")
     parser.add_argument("--json", default="", help="where to write the times")
+    parser.add_argument("--read", default="", help="print the tables of a file that --json wrote; nothing is measured")
     asked = parser.parse_args()
+    if asked.read:
+        report(json.loads(Path(asked.read).read_text())["results"])
+        return
     torch.set_num_threads(1)
     if importlib.util.find_spec("torch_pruning") is None:
         print("Torch-Pruning is not installed: skipped")
-    own = ["audit", "convert, verify=False", "convert"]
-    results, rows = [], []
+    results = []
     for name in asked.only:
         found = measured(name, asked.rounds, asked.limit)
-        times: dict[str, list[float]] = found["times"]
         results.append(found)
-        against = ratio(times, "convert", "Torch-Pruning")
-        columns = [shown(ratio(times, one, "forward")) for one in (*own, *TOOLS)]
-        forward = sorted(times["forward"])[len(times["forward"]) // 2]
-        rows.append([name, f"{1e3 * forward:.0f}", *columns, shown(against), f"{found['peak_gib_of_process']:.2f}"])
         print(name, *[f"{tool} failed: {why}" for tool, why in found["failed"].items()], sep="\n  ", flush=True)
         if asked.json:
             write(asked.json, results)
-    print("\nratios of process CPU time to one forward on meta: median (smallest-largest) of the rounds\n")
-    head = ["model", "forward, ms", *own, *TOOLS, "convert / Torch-Pruning", "peak memory so far, GiB"]
-    print(table(head, rows))
-    depths = [row for row in results if row["model"].startswith("fc-")]
-    steps = [(one, two) for one in depths for two in depths if int(two["model"][3:]) == 2 * int(one["model"][3:])]
-    if steps:
-        print("\nratio of the times of twice the depth (medians)\n")
-        rows = [
-            [f"{one['model']} -> {two['model']}"]
-            + [f"{_median(two, action) / _median(one, action):.2f}" for action in ("forward", *own)]
-            for one, two in steps
-        ]
-        print(table(["depth", "forward", *own], rows))
-
-
-def _median(found: dict[str, Any], action: str) -> float:
-    values = sorted(found["times"][action])
-    return float(values[len(values) // 2])
+    print()
+    report(results)
 
 
 if __name__ == "__main__":

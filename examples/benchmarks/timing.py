@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import platform
 import time
@@ -27,6 +28,7 @@ def interleaved(actions: Mapping[str, Callable[[], Any]], rounds: int, limit: fl
         for name, action in actions.items():
             if name in failed or (turn and times[name][0] > limit):
                 continue
+            gc.collect()  # what others left behind
             start = time.process_time()
             try:
                 action()
