@@ -65,7 +65,7 @@ def gpt2(layers: int) -> Callable[[], Built]:
     def build() -> Built:
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        config = GPT2Config(n_layer=layers, use_cache=False)
+        config = GPT2Config(n_layer=layers)
         return GPT2LMHeadModel(config), {"input_ids": torch.zeros(1, 64, dtype=torch.long)}
 
     return build
@@ -77,7 +77,7 @@ def llama(layers: int, width: int, inner: int, heads: int) -> Callable[[], Built
 
         config = LlamaConfig(
             num_hidden_layers=layers, hidden_size=width, intermediate_size=inner, num_attention_heads=heads,
-            num_key_value_heads=8, vocab_size=128_256, use_cache=False,
+            num_key_value_heads=8, vocab_size=128_256,
         )  # fmt: skip
         return LlamaForCausalLM(config), {"input_ids": torch.zeros(1, 64, dtype=torch.long)}
 
