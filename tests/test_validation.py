@@ -17,11 +17,13 @@ import torch.nn.functional as F
 import zoo
 from rich.console import Console
 from torch import nn
+from torch.autograd.graph import GradientEdge
 
 import rezero_convert as rz
 from rezero_convert import validation
 from rezero_convert.detect import detect
 from rezero_convert.plan import Options, Plan
+from rezero_convert.validation import measured
 
 
 class GPTBlock(nn.Module):
@@ -496,6 +498,7 @@ def test_converted_file() -> None:
     source = """
 import torch
 from torch import nn
+from torch.autograd.graph import GradientEdge
 
 
 class Block(nn.Module):
@@ -823,3 +826,33 @@ def test_gradients_that_are_no_numbers_are_compared_as_such() -> None:
     other = copy.deepcopy(model)
     nn.init.constant_(other.fc.weight, torch.inf)  # saturates: the gradients of the branch are zero times infinity
     assert not all(check.ok for check in validation.equality(model, other, x))
+
+
+@pytest.mark.parametrize("block", [GPTBlock, PostNorm])
+def test_the_walks_for_gradients_do_not_grow_with_the_depth(
+    block: type[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each check's graph is its own block's: n blocks cost n, not n * n."""
+    assert _longest_walk(block, 8, monkeypatch) == _longest_walk(block, 4, monkeypatch)
+
+
+def _longest_walk(block: type[nn.Module], depth: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How many nodes of autograd's graph the largest gradient of a validation could reach."""
+    model = rz.convert(nn.Sequential(*(block() for _ in range(depth))), torch.randn(2, 5, 16), verify=False)
+    sizes: list[int] = []
+    grads = measured._grads
+
+    def counted(edge: GradientEdge, *others: Any) -> Any:
+        seen, stack = {edge.node}, [edge.node]
+        while stack:
+            found = {node for node, _ in stack.pop().next_functions if node is not None} - seen
+            seen |= found
+            stack += found
+        sizes.append(len(seen))
+        return grads(edge, *others)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(measured, "_grads", counted)
+        assert rz.validate(model, torch.randn(2, 5, 16)).ok
+    assert len(sizes) > depth
+    return max(sizes)

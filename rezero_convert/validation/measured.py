@@ -37,6 +37,9 @@ class _Observed:
 
     outputs: list[Tensor] = field(default_factory=list)
     edges: dict[int, GradientEdge] = field(default_factory=dict)
+    """Where the gradients of a value start."""
+    ends: dict[int, GradientEdge] = field(default_factory=dict)
+    """Where those of a skip arrive."""
     paused: set[int] = field(default_factory=set)
     """Sums made with gradients turned off."""
     likes: dict[int, tuple[torch.Size, torch.dtype, torch.device]] = field(default_factory=dict)
@@ -92,7 +95,7 @@ def _measure(subject: Subject, look: Look, notes: list[str]) -> Look:
     still = [block.path for block in look.found if not seen.nonzero.get(block.shortcut, True) and _excuse(look, block)]
     if still:
         notes.append(f"liveness was not checked where the stream is zero before the block: {compact(still)}")
-    blind = [block.path for block in look.found if block.output in seen.edges and block.shortcut not in seen.edges]
+    blind = [block.path for block in look.found if block.output in seen.edges and block.shortcut not in seen.ends]
     if blind:
         notes.append(f"the gradient through the block was not checked, the skip has none: {compact(blind)}")
     paused = [block.path for block in look.found if block.sum in seen.paused]
@@ -255,25 +258,45 @@ def _spoken_of(look: Look, forms: frozenset[int]) -> frozenset[int]:
     return frozenset(inside | {node for block in blocks for node in (block.sum, block.shortcut)})
 
 
+def _cuts(look: Look) -> frozenset[int]:
+    """The skips outside of all branches: there the graph of gradients is cut into one for each block.
+
+    Else each check would walk the graph from its block to the model's inputs: n blocks would cost n * n.
+    """
+    inside = frozenset[int]().union(*(block.inside for block in look.found))
+    return frozenset(block.shortcut for block in look.found) - inside
+
+
+def _arrival(value: Tensor, *, mark: bool, cut: bool) -> GradientEdge | None:
+    """Where the gradient of a skip arrives; with `mark` made able to get one, with `cut` of no graph before it."""
+    if mark and value.is_floating_point():
+        if cut and value.grad_fn is not None and not value._is_view():  # views cannot be detached in place
+            value.detach_()
+        if not value.requires_grad:
+            value.requires_grad_()
+    return get_gradient_edge(value) if value.requires_grad else None
+
+
 def _watch(subject: Subject, look: Look, forms: frozenset[int], *, mark: bool) -> _Observed:
     seen = _Observed()
     last: dict[int, int] = {}
     sums: dict[int, list[Block]] = {}
     kept = _spoken_of(look, forms)
+    cuts = _cuts(look)
     for block in look.found:
         last[block.shortcut] = max(block.sum, last.get(block.shortcut, 0))
         sums.setdefault(block.sum, []).append(block)
     branches = {branch.value for block in look.found for branch in block.branches}
-    edges = {node for block in look.found for node in (block.sum, block.output, block.shortcut)} | branches
+    edges = {node for block in look.found for node in (block.sum, block.output)} | branches
     skips: dict[int, Tensor] = {}
 
     def observe(index: int, node: fx.Node, value: Tensor) -> None:
-        if index in last and mark and not value.requires_grad and value.is_floating_point():
-            value.requires_grad_()
         if index in sums and not torch.is_grad_enabled():
             seen.paused.add(index)
         if index in edges:
             seen.link(index, value)
+        if index in last and (edge := _arrival(value, mark=mark, cut=index in cuts)) is not None:
+            seen.ends[index] = edge
         seen.catch_up()
         plain = value.detach()
         if index in kept:
@@ -307,9 +330,9 @@ def _at_gates(subject: Subject, block: Block, seen: _Observed, mode: str) -> Ite
     if output is None:
         yield Check("alive", mode, False, f"{', '.join(block.alphas)} gets no gradient: the block's output has none")
         return
-    if block.shortcut in seen.edges:
+    if block.shortcut in seen.ends:
         cotangent = seen.cotangent(block.output)
-        (back,) = _grads(output, [seen.edges[block.shortcut]], cotangent)
+        (back,) = _grads(output, [seen.ends[block.shortcut]], cotangent)
         same = back is not None and torch.equal(back, block.skip.factor * cotangent)
         yield Check("vjp", mode, same, "the gradient passing back through the block is not the one coming in")
     grads = _grads(seen.edges[block.sum], [subject.named[name] for name in block.alphas], seen.cotangent(block.sum))
