@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .api import SourceResult, audit, audit_source, convert, convert_source, unconvert
     from .checkpoints import StateAccount, from_pretrained, load_original_state_dict, original_state_dict
-    from .drawing import draw
+    from .drawing import draw, page
     from .errors import ConversionError, NoEffectWarning
     from .folding import fold
     from .graph_pass import ReZeroPass
@@ -31,6 +31,7 @@ __all__ = [
     "unconvert",
     "validate",
     "draw",
+    "page",
     "alphas",
     "param_groups",
     "isometry",
@@ -68,6 +69,7 @@ _HOMES = {
     "SourceResult": "api",
     "ReZeroPass": "graph_pass",
     "draw": "drawing",
+    "page": "drawing",
     "validate": "validation",
     "Validation": "validation",
     "alphas": "rewrite.modules",

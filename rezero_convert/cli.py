@@ -26,6 +26,7 @@ from .methods import METHODS
 
 if TYPE_CHECKING:
     from .api import SourceResult
+    from .fresh import Proof
     from .report import Report
 
 PROGRAM = "rezero-convert"
@@ -42,6 +43,7 @@ rezero-convert --help lists the options.
 """
 _INPUTS = "a tensor, a tuple of arguments, or a dict of keyword arguments"
 _SVG = "draw the residual streams, and what becomes of them, as an SVG file"
+_PAGE = "write the report, with the drawing and the source lines, as a page of HTML"
 _NOTHING = "nothing to rewrite"
 
 
@@ -68,9 +70,9 @@ class _Result:
     report: Report
     notes: tuple[str, ...] = ()
     drawing: str | None = None
-    """SVG, if asked for."""
-    validation: dict[str, Any] | None = None
-    """Exact route: `Validation.to_dict()` of the rewritten file."""
+    """SVG, if asked for, or if a page is."""
+    validation: Proof | None = None
+    """Exact route: of the rewritten file."""
 
     @property
     def changed(self) -> bool:
@@ -168,7 +170,7 @@ def _convert_parser() -> _Parser:
     parser.add_argument("--diff", action="store_true", help="the diff on stdout with --write, -o or --check, too")
     parser.add_argument("--json", action="store_true", help="the report as JSON on stdout, instead of the diff")
     parser.add_argument("-j", "--jobs", metavar="N", type=int, help="processes for many files (default: one a core)")
-    parser.add_argument("--svg", metavar="FILE", help=_SVG)
+    _add_views(parser)
     exact = parser.add_argument_group("exact route: run the model, validate the rewritten file in a fresh process")
     exact.add_argument("--model", metavar="EXPR", help="expression in the file's namespace that makes the model")
     exact.add_argument("--inputs", metavar="EXPR", help=_INPUTS)
@@ -191,9 +193,14 @@ def _audit_parser() -> _Parser:
     )
     parser.add_argument("--inputs", metavar="EXPR", help=_INPUTS)
     parser.add_argument("--json", action="store_true", help="the report as JSON on stdout")
-    parser.add_argument("--svg", metavar="FILE", help=_SVG)
+    _add_views(parser)
     _add_options(parser)
     return parser
+
+
+def _add_views(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--svg", metavar="FILE", help=_SVG)
+    parser.add_argument("--html", metavar="FILE", help=_PAGE)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -285,15 +292,33 @@ def _check_together(arguments: argparse.Namespace, named: Sequence[_Named]) -> N
     """
     if arguments.inputs is not None and arguments.model is None:
         raise ConversionError("--inputs without --model: which model are they for?")
-    for option in ("output", "model", "svg"):
+    for option in ("output", "model", "svg", "html"):
         if getattr(arguments, option) is not None and len(named) != 1:
             raise ConversionError(f"--{option} is for one file, not {len(named)}")
     if arguments.write and None in (path for _, path, _ in named):
         raise ConversionError("--write cannot change standard input; use -o -")
     if arguments.diff and (arguments.json or arguments.output == "-"):
         raise ConversionError(f"--diff and {'--json' if arguments.json else '-o -'} both go to standard output")
+    _check_views(arguments, [path for _, path, _ in named if path is not None])
     if arguments.jobs is not None and arguments.jobs < 1:
         raise ConversionError(f"--jobs must be at least 1, not {arguments.jobs}")
+
+
+def _check_views(arguments: argparse.Namespace, sources: Sequence[Path]) -> None:
+    """Check that drawing and page are files of their own.
+
+    Raises:
+        ConversionError: they are not.
+    """
+    others = {path.resolve() for path in sources}
+    output = getattr(arguments, "output", None)
+    if output not in (None, "-"):
+        others.add(Path(output).resolve())
+    for option in ("svg", "html"):
+        name = getattr(arguments, option)
+        if name is not None and Path(name).resolve() in others:
+            raise ConversionError(f"--{option} {name}: the same file is the source, or another output")
+        others |= {Path(name).resolve()} if name is not None else set()
 
 
 _Named = tuple[str, Path | None, bool]
@@ -445,7 +470,7 @@ def _rewrite(file: _File, arguments: argparse.Namespace, given: dict[str, Any]) 
     with targets.quiet_stdout(), targets.told(f"{file.name}: --model {arguments.model!r}"):
         made = api.convert_source(file.text, file=str(path), model=model, example_inputs=inputs, **given)
     result = _result(file, made)
-    if arguments.svg is not None:
+    if _is_drawn(arguments):
         from . import drawing
 
         with targets.quiet_stdout(), targets.told(f"{file.name}: --model {arguments.model!r}"):
@@ -457,23 +482,38 @@ def _rewrite(file: _File, arguments: argparse.Namespace, given: dict[str, Any]) 
             others = f" (and {len(more)} more)" if more else ""
             raise ConversionError(f"{file.name}: the rewritten file does not hold: {first}{others}")
         note = f"imported in a fresh process, where {proof.blocks} gated blocks were validated"
-        result = dataclasses.replace(result, notes=(*result.notes, note), validation=proof.details)
+        result = dataclasses.replace(result, notes=(*result.notes, note), validation=proof)
     return result
 
 
 def _drawn_text(report: Report, file: str, arguments: argparse.Namespace) -> str | None:
     """The drawing of a report on text alone, if asked for."""
-    if arguments.svg is None:
+    if not _is_drawn(arguments):
         return None
     from . import drawing
 
     return drawing.drawn_text(report, file)
 
 
-def _write_drawing(text: str | None, arguments: argparse.Namespace, screen: _Screen) -> None:
-    if text is not None:
-        replace(Path(arguments.svg), text.encode())
-        screen.say(f"wrote {arguments.svg}")
+def _is_drawn(arguments: argparse.Namespace) -> bool:
+    return arguments.svg is not None or arguments.html is not None
+
+
+def _write_views(
+    report: Report,
+    drawing: str | None,
+    arguments: argparse.Namespace,
+    screen: _Screen,
+    **more: Any,
+) -> None:
+    """The drawing, and the page with it and `more`, where they are asked for."""
+    for name, text in (
+        (arguments.svg, drawing),
+        (arguments.html, arguments.html and report.to_html(drawing=drawing or "", **more)),
+    ):
+        if name is not None and text is not None:
+            replace(Path(name), text.encode())
+            screen.say(f"wrote {name}")
 
 
 def _result(file: _File, made: SourceResult) -> _Result:
@@ -482,7 +522,7 @@ def _result(file: _File, made: SourceResult) -> _Result:
 
 def _json(result: _Result) -> dict[str, Any]:
     found = {"file": result.file.name, **result.report.to_dict(), "notes": _notes(result)}
-    return found if result.validation is None else {**found, "validation": result.validation}
+    return found if result.validation is None else {**found, "validation": result.validation.to_dict()}
 
 
 def _notes(result: _Result) -> list[str]:
@@ -498,7 +538,9 @@ def _deliver(result: _Result, arguments: argparse.Namespace, screen: _Screen) ->
         screen.say(note if note.startswith(f"{name}:") else f"{name}: {note}")
     if not result.changed:
         screen.say(f"{name}: {_NOTHING}")
-    _write_drawing(result.drawing, arguments, screen)
+    noted = dataclasses.replace(result.report, notes=(*result.report.notes, *result.notes))
+    made = diff(name, result.file.text, result.text)
+    _write_views(noted, result.drawing, arguments, screen, diff=made, validation=result.validation)
     if arguments.output == "-":
         _emit(result.file.data(result.text))
     elif arguments.output is not None:
@@ -559,14 +601,16 @@ def _print_json(reports: list[dict[str, Any]], single: bool) -> None:
 
 def _audit(arguments: argparse.Namespace) -> int:
     given, screen = _given(arguments), _screen(arguments)
-    if arguments.svg is not None and len(arguments.targets) > 1:
-        raise ConversionError(f"--svg is for one target, not {len(arguments.targets)}")
+    for option in ("svg", "html"):
+        if getattr(arguments, option) is not None and len(arguments.targets) > 1:
+            raise ConversionError(f"--{option} is for one target, not {len(arguments.targets)}")
+    _check_views(arguments, [Path(name) for name in arguments.targets])
     reports: list[dict[str, Any]] = []
     failed = False
     for name in arguments.targets:
         try:
             report, drawing = _audited(name, arguments, given)
-            _write_drawing(drawing, arguments, screen)
+            _write_views(report, drawing, arguments, screen)
         except ConversionError as error:
             failed = bool(_failed(str(error)))
             continue
@@ -593,10 +637,10 @@ def _audited(name: str, arguments: argparse.Namespace, given: dict[str, Any]) ->
         return report, _drawn_text(report, file.name, arguments)
     found = targets.target(name, arguments.inputs)
     with targets.quiet_stdout(), targets.told(name):
-        report = api.audit(found.model, found.inputs, **given)
-        drawn = None
-        if arguments.svg is not None:
+        if _is_drawn(arguments):
             from . import drawing
 
-            drawn = drawing.drawn(found.model, found.inputs, title=name, **given)
+            report, drawn = drawing.drawn(found.model, found.inputs, title=name, **given)
+        else:
+            report, drawn = api.audit(found.model, found.inputs, **given), None
     return dataclasses.replace(report, title=name, notes=(*report.notes, *found.notes)), drawn

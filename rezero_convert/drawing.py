@@ -1,4 +1,4 @@
-"""`draw`: a model's residual streams as an SVG file."""
+"""`draw` and `page`: a model's residual streams as an SVG file, and all that is known of its adds as a page of HTML."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .files import replace
 from .options import options as make_options
 from .pictures import picture, svg
 from .plan import Plan
-from .report import Report
+from .report import Record, Report
 from .rewrite.modules import alphas, record
 
 
@@ -35,12 +35,45 @@ def draw(model: nn.Module, path: str | os.PathLike[str], example_inputs: Any = N
         ConversionError: the model cannot be captured, an option is not valid, or the file cannot be written.
     """
     file = Path(path)
-    replace(file, drawn(model, example_inputs, **options).encode())
+    replace(file, drawn(model, example_inputs, **options)[1].encode())
     return file
 
 
-def drawn(model: nn.Module, example_inputs: Any = None, *, title: str = "", **options: Any) -> str:
-    """The text of the drawing that `draw` writes.
+def page(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    example_inputs: Any = None,
+    *,
+    validation: Record | None = None,
+    isometry: Record | None = None,
+    **options: Any,
+) -> Path:
+    """Write what `audit` says as a page of HTML: the drawing of the residual streams, and a table of all adds.
+
+    The page is one file that needs no network; names and source lines in it are escaped.
+
+    Args:
+        model: any `nn.Module`, converted or not, also an `fx.GraphModule`; nothing is changed.
+        path: the file to write, whole or not at all.
+        example_inputs: as for `convert`.
+        validation: what `validate` returned, to be shown as well.
+        isometry: what `isometry` returned, to be shown as well.
+        **options: as for `convert`.
+
+    Returns:
+        The path.
+
+    Raises:
+        ConversionError: the model cannot be captured, an option is not valid, or the file cannot be written.
+    """
+    file = Path(path)
+    report, drawing = drawn(model, example_inputs, **options)
+    replace(file, report.to_html(drawing=drawing, validation=validation, isometry=isometry).encode())
+    return file
+
+
+def drawn(model: nn.Module, example_inputs: Any = None, *, title: str = "", **options: Any) -> tuple[Report, str]:
+    """The report of `audit`, and the text of the drawing that `draw` writes, by one capture.
 
     Raises:
         ConversionError: the model cannot be captured, or an option is not valid.
@@ -49,12 +82,12 @@ def drawn(model: nn.Module, example_inputs: Any = None, *, title: str = "", **op
     trace = capture(model, example_inputs)
     plan, done = detect(trace, settings), record(model)
     report = Report(
-        plan if done is None else _with_dropped(plan, done),
-        title=title or type(model).__name__,
-        alphas=dict(alphas(model)),
-        converted=done is not None,
+        plan, title=title or type(model).__qualname__, alphas=dict(alphas(model)), converted=done is not None
     )
-    return svg(picture((trace,), report))
+    if done is None:
+        return report, svg(picture((trace,), report))
+    drawing = svg(picture((trace,), dataclasses.replace(report, plan=_with_dropped(plan, done))))
+    return (report if example_inputs is not None else dataclasses.replace(report, plan=done)), drawing
 
 
 def drawn_report(report: Report, model: nn.Module, example_inputs: Any = None) -> str:

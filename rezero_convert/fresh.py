@@ -22,6 +22,9 @@ class Proof:
     details: dict[str, Any]
     """`Validation.to_dict()`."""
 
+    def to_dict(self) -> dict[str, Any]:
+        return self.details
+
     @property
     def ok(self) -> bool:
         return bool(self.details["ok"])
@@ -74,9 +77,14 @@ def main(request: str) -> int:
     try:
         answer = _validate(asked)
     except ConversionError as error:
-        answer = {"error": str(error).replace(asked["text"], asked["file"])}
-    Path(asked["to"]).write_text(json.dumps(answer))
+        answer = {"error": str(error)}
+    Path(asked["to"]).write_text(json.dumps(answer).replace(_quoted(asked["text"]), _quoted(asked["file"])))
     return 0
+
+
+def _quoted(path: str) -> str:
+    """A path as it stands within JSON."""
+    return json.dumps(path)[1:-1]
 
 
 def _validate(asked: dict[str, Any]) -> dict[str, Any]:

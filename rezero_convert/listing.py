@@ -11,6 +11,7 @@ from .plan import Span
 
 DIGITS = re.compile(r"(?<![0-9])(0|[1-9][0-9]*)(?![0-9])")
 """Numbers that stand by themselves in a path or sentence."""
+_INVALID = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def compact(paths: Iterable[str], limit: int = 12) -> str:
@@ -51,6 +52,11 @@ def _relative(file: str) -> str:
         if prefix != os.sep and file.startswith(prefix) and installed not in f"{os.sep}{file.removeprefix(prefix)}":
             return file.removeprefix(prefix)
     return file
+
+
+def clean(text: str) -> str:
+    """Text without what XML and HTML cannot hold."""
+    return _INVALID.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def number(count: int, noun: str) -> str:

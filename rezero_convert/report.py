@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import math
 import re
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any, Protocol, get_args
 
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.padding import Padding
@@ -16,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .listing import DIGITS, compact, number, where_of
+from .pages import brief, document
 from .plan import Norm, Plan, Repair, Site, Verdict, as_dict
 
 VERSION = 1
@@ -38,6 +38,12 @@ class Sites:
     @property
     def alphas(self) -> tuple[str, ...]:
         return tuple(gate.alpha for gate in self.first.gates)
+
+
+class Record(Protocol):
+    """What can be shown beside a report: it is JSON-able."""
+
+    def to_dict(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +114,27 @@ class Report:
         yield Text(totals(self), style="bold")
 
     def _repr_html_(self) -> str:
-        console = Console(record=True, file=io.StringIO(), width=140, force_jupyter=False)
-        console.print(self)
-        return console.export_html(inline_styles=True, code_format="<pre>{code}</pre>")
+        return brief(self.to_dict(), _heading(self), [*today(self.alphas), totals(self)])
+
+    def to_html(
+        self, *, drawing: str = "", diff: str = "", validation: Record | None = None, isometry: Record | None = None
+    ) -> str:
+        """The report as the text of a self-contained HTML page; `page` also draws the streams and writes the file.
+
+        Args:
+            drawing: the residual streams as SVG, from a trusted source: it is put into the page as it is.
+            diff: a unified diff of the rewritten source.
+            validation: what `validate` returned.
+            isometry: what `isometry` returned.
+        """
+        return document(
+            self.to_dict(),
+            [totals(self), *today(self.alphas)],
+            drawing=drawing,
+            diff=diff,
+            validation=None if validation is None else validation.to_dict(),
+            isometry=None if isometry is None else isometry.to_dict(),
+        )
 
 
 def _table(heading: str, groups: Iterable[Sites], name: int) -> Table:
@@ -223,6 +247,7 @@ def _group_dict(group: Sites) -> dict[str, Any]:
         "form": site.form,
         "reason": site.reason,
         "span": as_dict(site.span),
+        "shown": as_dict(site.shown),
         "where": where_of(site.shown),
         "text": site.text.strip(),
         "class": site.cls,
@@ -233,6 +258,7 @@ def _group_dict(group: Sites) -> dict[str, Any]:
         "norms": [as_dict(norm) for norm in site.norms],
         "activation": as_dict(site.activation),
         "repairs": as_dict(site.repairs),
+        "remarks": _remarks(group),
     }
 
 

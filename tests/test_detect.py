@@ -893,6 +893,28 @@ class Propagation(Linears):
         return torch.relu(self.a(x) + graph @ self.b(x))
 
 
+class ScaledNorm(nn.Module):
+    """A norm that also returns the scale of its output, as integer networks need it."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-5).sqrt(), None
+
+
+class ScaledPostNorm(Linears):
+    def __init__(self) -> None:
+        super().__init__(norm=ScaledNorm())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, _ = self.norm(x + torch.relu(self.a(x)))
+        return y
+
+
+def test_a_norm_that_returns_more_than_its_tensor_stays() -> None:
+    converted = rz.convert(ScaledPostNorm(), vectors())
+    assert isinstance(converted.norm, ScaledNorm)
+    assert len(list(rz.alphas(converted))) == 1
+
+
 def test_noise_of_a_computed_size_is_no_branch() -> None:
     assert only(plan(Sampled(), vectors()), "mean +").code == "RZ901"
 

@@ -42,6 +42,7 @@ PUBLIC = {
     "convert_source",
     "draw",
     "fold",
+    "page",
     "param_groups",
     "unconvert",
     "validate",
@@ -54,13 +55,16 @@ def module_of(file: Path) -> str:
 
 
 def imports(file: Path) -> set[str]:
-    """The modules of the package that a file imports, at the top or inside functions."""
+    """The modules of the package that a file imports, at the top or inside functions; for types only does not count."""
     name = module_of(file)
     package = name if file.name == "__init__.py" else name.rpartition(".")[0]
     known = set(FILES)
     found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
+    tree = ast.parse(file.read_text())
+    typing = [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    unused = {inner for node in typing for inner in ast.walk(node)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level and node not in unused:
             base = package.split(".")[: len(package.split(".")) - node.level + 1]
             base += node.module.split(".") if node.module else []
             for alias in node.names:

@@ -243,8 +243,8 @@ def test_a_name_wider_than_the_screen_is_parted_after_a_separator(plan: Plan) ->
 
 def test_html(plan: Plan) -> None:
     html = Report(plan)._repr_html_()
-    assert html.startswith("<pre>")
-    assert "alpha_attn" in html
+    assert html.startswith("<p><b>model: audit")
+    assert "<td>alpha_attn</td>" in html
 
 
 # JSON
@@ -267,6 +267,7 @@ def test_json_round_trip(plan: Plan) -> None:
     assert len(found["sites"]) == 13
     assert [group["count"] for group in found["groups"]] == [12, 1]
     assert found["groups"][0]["paths"][11] == "blocks.11"
+    assert found["groups"][0]["remarks"][-1].startswith("dropped ")
     assert found["alphas"] == {"a": ["nan"], "b": [1.0, 1.0, 1.0]}
     assert found["scalars"] == 3
     assert found["options"]["drop_norm"] == ["layer"]

@@ -772,3 +772,33 @@ def test_json() -> None:
     assert found["blocks"][0]["checks"][0] == {
         "name": "gated", "mode": "eval", "ok": True, "detail": "", "choice": False,
     }  # fmt: skip
+
+
+class Fading(nn.Module):
+    """Batch norm that has seen no data does not scale: in eval mode the branch fades to an exact zero."""
+
+    def __init__(self, batch_norm: bool) -> None:
+        super().__init__()
+        layers = []
+        for _ in range(14):
+            conv = nn.Conv2d(4, 4, 1, bias=False)
+            nn.init.eye_(conv.weight[:, :, 0, 0])
+            with torch.no_grad():
+                conv.weight.mul_(1e-4)
+            layers += [conv, nn.BatchNorm2d(4) if batch_norm else nn.Identity()]
+        self.branch = nn.Sequential(*layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.branch(x)
+
+
+def test_a_branch_that_fades_without_batch_norm_is_dead() -> None:
+    check = rz.validate(rz.convert(Fading(False), torch.randn(2, 4, 8, 8), verify=False), torch.randn(2, 4, 8, 8))
+    assert not check.ok
+    assert any("the branch is zero" in failure for failure in check.failures)
+
+
+def test_a_branch_that_is_zero_in_eval_mode_only_is_a_note() -> None:
+    check = rz.validate(rz.convert(Fading(True), torch.randn(2, 4, 8, 8)), torch.randn(2, 4, 8, 8))
+    assert check.ok, check.failures
+    assert any("alive in train mode" in note for note in check.notes)

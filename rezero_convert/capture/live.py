@@ -444,6 +444,7 @@ def _call_live(callee: LiveInstance, arguments: Arguments, at: ast.expr, scope: 
     scope.state.calls.append(call)
     result = _run(forward, definition, arguments, at, scope, call, callee)
     call.outputs = list(dict.fromkeys(nodes_of(result)))
+    call.bare = isinstance(result, fx.Node)
     return result
 
 

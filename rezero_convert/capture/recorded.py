@@ -451,6 +451,7 @@ class _Recorder(TorchFunctionMode):
         finally:
             self._call = parent
         call.outputs = [self._node(tensor, frames) for tensor in _call_tensors(result)]
+        call.bare = isinstance(result, Tensor)
         return result
 
     def _write(

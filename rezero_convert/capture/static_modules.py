@@ -129,6 +129,7 @@ def _inline_module(instance: Instance, found: Method, arguments: Arguments, at: 
     call = _enter(instance, module_facts(module), module.cls.qualname, arguments, at, scope)
     result = _run(found.node, found.cls.file, _place(found), arguments, scope, at, instance, found.cls, call)
     call.outputs = list(nodes_of(result))
+    call.bare = isinstance(result, fx.Node)
     return result
 
 

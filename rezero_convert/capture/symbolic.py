@@ -138,6 +138,7 @@ class _Tracer(fx.Tracer):
         finally:
             self._call = parent
         call.outputs = _nodes(result)
+        call.bare = isinstance(result, fx.Proxy)
         return result
 
     def finish(self, graph: fx.Graph) -> None:

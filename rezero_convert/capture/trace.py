@@ -46,6 +46,8 @@ class Call:
     """Nodes of the tensors among its arguments, in order."""
     outputs: list[fx.Node] = field(default_factory=list)
     """Nodes of the tensors it returned, in order."""
+    bare: bool = True
+    """Returned one tensor as it is, not in a tuple or the like, as far as is known."""
 
 
 @dataclass(frozen=True, slots=True)

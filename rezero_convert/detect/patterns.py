@@ -59,7 +59,7 @@ def summaries(trace: Trace, norm_types: tuple[type[nn.Module], ...] = ()) -> Ite
     for call in trace.calls:
         told = isinstance(call.module, norm_types)
         known = told or call.facts.kind == "norm"
-        if len(call.outputs) != 1 or not call.inputs or (call in parents and not known):
+        if len(call.outputs) != 1 or not call.bare or not call.inputs or (call in parents and not known):
             continue
         nodes = inside.get(call, [])
         end = call.outputs[0]

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from xml.etree.ElementTree import Element, SubElement
 
+from ..colours import colour
 from ..listing import compact
 from .ink import ARROW, LINE, MORE, Row, extent, label, operations, rect, stroke, titled, wrapped, write
 from .records import Box, Branch, Step
@@ -18,9 +19,6 @@ REACH = 40
 TIMES = "\N{MULTIPLICATION SIGN}"
 _LEAST = 150
 """Width of the narrowest branch."""
-
-VERDICTS = ("converted", "gated", "refused", "long-skip")
-"""Those with a colour of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +44,6 @@ class Canvas:
     """Where the value at a position is made."""
     reads: list[tuple[int, float, float]] = field(default_factory=list)
     """Streams that are read, and where."""
-
-
-def colour(verdict: str) -> str:
-    return verdict if verdict in VERDICTS else "other" if verdict else "plain"
 
 
 def named(box: Box) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from xml.etree.ElementTree import Element, SubElement
 
+from ..listing import clean
 from .records import Step
 
 SIZE = 11
@@ -18,7 +18,6 @@ _CHARACTER = 0.61
 """Width of a character of a monospaced font, as a part of its size; none of those asked for is wider."""
 _ROWS = 5
 """Lines of operations in a box."""
-_INVALID = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +95,6 @@ def rect(parent: Element, x: float, y: float, width: float, height: float, kind:
 def stroke(parent: Element, way: str, kind: str, *, dashed: bool = False) -> Element:
     """A line."""
     return SubElement(parent, "path", {"class": kind, "d": way, **({"stroke-dasharray": "6 4"} if dashed else {})})
-
-
-def clean(text: str) -> str:
-    """Text without what XML cannot hold."""
-    return _INVALID.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def _room(width: float) -> int:

@@ -7,8 +7,9 @@ from dataclasses import replace
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement
 
+from ..colours import KINDS, colour
 from ..listing import compact
-from .boxes import PAD, SHORTCUT, TIMES, Canvas, Column, colour, draw
+from .boxes import PAD, SHORTCUT, TIMES, Canvas, Column, draw
 from .ink import LINE, SIZE, Row, extent, label, rect, stroke, titled, wrapped, write
 from .records import Box, Fold, Picture, Stream, boxes
 
@@ -25,17 +26,6 @@ _LANES = 4
 _LEFT = 24
 """From a column's edge to its stream, where nothing is drawn there."""
 _FONTS = "'DejaVu Sans Mono', Menlo, Consolas, 'Liberation Mono', monospace"
-_KINDS = {
-    "converted": ("gated by the conversion", "#1a7f4b", "#4cc38a"),
-    "gated": ("gated already", "#2563ab", "#6ea8fe"),
-    "refused": ("refused", "#b3362b", "#ff8a7a"),
-    "long-skip": ("long skip", "#9a6a00", "#e3b341"),
-    "shortcut": ("projection shortcut", "#7a3fb0", "#c297ff"),
-    "reads": ("reads another stream", "#0b7285", "#56c7d6"),
-    "other": ("interior, not executed, hidden", "#6b6b6b", "#a5a5a5"),
-    "plain": ("other operations, concatenation", "#57606a", "#9aa4ae"),
-}
-"""What the colours stand for, in light and in dark mode."""
 
 
 def svg(picture: Picture) -> str:
@@ -58,7 +48,7 @@ def svg(picture: Picture) -> str:
 
 
 def _style() -> str:
-    shades = [(kind, light, dark) for kind, (_, light, dark) in _KINDS.items()]
+    shades = [(kind, light, dark) for kind, (_, light, dark) in KINDS.items()]
     light = "".join(f".s-{kind}{{stroke:{shade}}}.f-{kind}{{fill:{shade}}}" for kind, shade, _ in shades)
     dark = "".join(f".s-{kind}{{stroke:{shade}}}.f-{kind}{{fill:{shade}}}" for kind, _, shade in shades)
     return (
@@ -85,7 +75,7 @@ def _heading(root: Element, picture: Picture, width: float) -> float:
     x = float(_MARGIN)
     legend = SubElement(root, "g", {"class": "legend"})
     shown = _shown(picture)
-    entries = [(kind, Row(((name, "soft", False),))) for kind, (name, _, _) in _KINDS.items() if kind in shown]
+    entries = [(kind, Row(((name, "soft", False),))) for kind, (name, _, _) in KINDS.items() if kind in shown]
     entries += [("", Row((("norm", "soft", True), (" dropped", "soft", False))))] if "dropped" in shown else []
     for kind, row in entries:
         if x + extent([row]) + 16 > _MARGIN + width:

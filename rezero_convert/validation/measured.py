@@ -27,7 +27,7 @@ from .looks import (
 from .results import Check
 from .running import SEED
 
-_MORTAL = ("nonzero", "alive", "branch-alive")
+MORTAL = ("nonzero", "alive", "branch-alive")
 _RETRIES = 8  # stochastic depth may silence a whole branch in one run
 
 
@@ -150,15 +150,15 @@ def _near(one: Tensor, other: Tensor) -> bool:
 def _excuse(look: Look, block: Block) -> bool:
     """Leave out what a block failed of the checks of liveness; whether that was anything."""
     checks = look.checks[block.sum]
-    look.checks[block.sum] = [check for check in checks if check.ok or check.name not in _MORTAL]
+    look.checks[block.sum] = [check for check in checks if check.ok or check.name not in MORTAL]
     return len(look.checks[block.sum]) < len(checks)
 
 
 def _retry(subject: Subject, look: Look) -> None:
     """Measure again what stochastic depth may have silenced in one run: alive once is alive."""
     for seed in range(SEED + 1, SEED + 1 + _RETRIES):
-        dead = {c.name for checks in look.checks.values() for c in checks if not c.ok and c.name in _MORTAL}
-        silent = [block for block in look.found if any(not c.ok and c.name in _MORTAL for c in look.checks[block.sum])]
+        dead = {c.name for checks in look.checks.values() for c in checks if not c.ok and c.name in MORTAL}
+        silent = [block for block in look.found if any(not c.ok and c.name in MORTAL for c in look.checks[block.sum])]
         if not dead or not all(_is_random(look, block) for block in silent):
             return
         try:
@@ -168,7 +168,7 @@ def _retry(subject: Subject, look: Look) -> None:
         for block in silent:
             again = {check.name: check for check in _at_gates(subject, block, seen, look.mode)}
             look.checks[block.sum] = [
-                again[check.name] if check.name in _MORTAL and check.name in again and not check.ok else check
+                again[check.name] if check.name in MORTAL and check.name in again and not check.ok else check
                 for check in look.checks[block.sum]
             ]
         del seen

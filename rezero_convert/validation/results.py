@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..listing import compact, number, short
+from ..pages import outcome
 from ..plan import as_dict
 
 
@@ -88,6 +89,9 @@ class Validation:
 
     def to_dict(self) -> dict[str, Any]:
         return {"version": 1, "ok": self.ok, "failures": list(self.failures), **as_dict(self)}
+
+    def _repr_html_(self) -> str:
+        return outcome(self.to_dict())
 
     def __str__(self) -> str:
         console = Console(width=110, no_color=True, highlight=False)

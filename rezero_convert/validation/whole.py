@@ -32,7 +32,7 @@ from .looks import (
     structure,
     trainable,
 )
-from .measured import with_numbers
+from .measured import MORTAL, with_numbers
 from .results import BlockResult, Check, Validation
 from .running import SEED
 from .sealed import seals
@@ -165,11 +165,11 @@ def _validated(subject: Subject, broken: list[str]) -> Validation:
     if missing and not subject.plans:
         notes.append(f"{number(len(missing), 'residual block')} without a gate: {compact(missing)}")
     return Validation(
-        type(subject.model).__qualname__, _results(looks), tuple(checks), asleep, tuple(dict.fromkeys(notes))
+        type(subject.model).__qualname__, _results(looks, notes), tuple(checks), asleep, tuple(dict.fromkeys(notes))
     )
 
 
-def _results(looks: list[Look]) -> tuple[BlockResult, ...]:
+def _results(looks: list[Look], notes: list[str]) -> tuple[BlockResult, ...]:
     """The blocks of both modes; of a module that runs twice, every check must hold both times."""
     blocks: dict[tuple[str, tuple[str, ...], str], dict[tuple[str, str], Check]] = {}
     for look in looks:
@@ -182,4 +182,21 @@ def _results(looks: list[Look]) -> tuple[BlockResult, ...]:
                 if key not in checks or (checks[key].ok and not check.ok):
                     chosen = not check.ok and check.name in block.chosen and (silent or check.name == "vjp")
                     checks[key] = replace(check, detail="" if check.ok else check.detail, choice=chosen)
+    woken = [key[0] for key, checks in blocks.items() if _alive_in_training(checks)]
+    if woken:
+        notes.append(
+            "the branch is zero in eval mode (has batch norm not seen data yet?) and alive in train mode: "
+            f"{compact(woken)}"
+        )
     return tuple(BlockResult(*key, tuple(checks.values())) for key, checks in blocks.items())
+
+
+def _alive_in_training(checks: dict[tuple[str, str], Check]) -> bool:
+    """Leave out what a block failed of the checks of liveness in eval mode alone; whether that was anything."""
+    failed = [
+        (name, mode) for (name, mode), check in checks.items() if name in MORTAL and mode == "eval" and not check.ok
+    ]
+    alive = all((name, "train") in checks and checks[name, "train"].ok for name in MORTAL)
+    for key in failed if alive else ():
+        del checks[key]
+    return alive and bool(failed)
