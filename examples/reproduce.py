@@ -336,7 +336,7 @@ def _drawn_spectra(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
 def alphas(asked: argparse.Namespace) -> None:
     path = RESULTS / "alphas.json"
     if not asked.print and not path.exists():
-        _follow(300).to_json(path)
+        _follow(250).to_json(path)
     if path.exists():
         found = json.loads(path.read_text())
         tracker = rz.AlphaTracker(_tracked(), every=found["every"])

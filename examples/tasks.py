@@ -245,7 +245,7 @@ def char_task(depth: int) -> Task:
         },
         (3e-3, 1e-3, 1e-2),
         (4.5, 4.0, 3.5),
-        300,
+        250,
         {"loss": char_loss, "evaluate": bits_per_character, "every": 5, "clip": 1.0},
     )
 
