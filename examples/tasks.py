@@ -113,7 +113,7 @@ def adagrad(model: nn.Module, lr: float) -> torch.optim.Optimizer:
 
 
 def dense_task(depth: int) -> Task:
-    """Adagrad with one rate for all, as the authors' notebook; loss: running mean of the training cross entropy."""
+    """Adagrad with one rate for all, as the authors' notebook; no weight decay."""
     return Task(
         partial(dense, depth),
         partial(digit_batches, size=100),
@@ -297,7 +297,7 @@ def sgd(model: nn.Module, lr: float) -> torch.optim.Optimizer:
 
 
 def resnet_task(depth: int = 56) -> Task:
-    """SGD as the authors' code, with the decay on all parameters; loss: running mean of training cross entropy."""
+    """SGD as the authors' code, with the decay on all parameters."""
     return Task(
         partial(resnet, depth),
         partial(digit_batches, size=128, picture=True),
