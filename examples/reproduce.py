@@ -116,8 +116,11 @@ def middle(race: rz.Race, method: str, lr: float, threshold: float) -> float:
     return median(math.inf if step is None else step for step in found) if found else math.nan
 
 
-def ratio(upper: float, lower: float) -> str:
-    return "never" if math.isinf(upper) else f"{upper / lower:.2f}"
+def ratio(upper: float, lower: float, most: int) -> str:
+    """Of two numbers of steps; what was not reached in all the steps took more than these."""
+    if math.isinf(lower):
+        return ""
+    return f"> {most / lower:.2f}" if math.isinf(upper) else f"{upper / lower:.2f}"
 
 
 # Fully connected nets
@@ -142,11 +145,10 @@ def fc(asked: argparse.Namespace) -> None:
     table(["net", "paper: loss, 64 layers", *(f"{depth} layers" for depth in DEPTHS), "accuracy"], rows)
     steps = {depth: middle(race, "ReZero", 0.01, 0.1) for depth, race in races.items()}
     if {32, 128} <= set(steps):
-        print(f"ReZero, 128 layers against 32: {ratio(steps[128], steps[32])} times the steps.")
+        print(f"ReZero, 128 layers against 32: {ratio(steps[128], steps[32], 200)} times the steps.")
         for depth, race in races.items():
-            print(
-                f"Pre-norm against ReZero, {depth} layers: {ratio(middle(race, 'pre-norm', 0.01, 0.1), steps[depth])}."
-            )
+            times = ratio(middle(race, "pre-norm", 0.01, 0.1), steps[depth], 200)
+            print(f"Pre-norm against ReZero, {depth} layers: {times}.")
         print()
     if 128 in races:
         title = "128 fully connected layers, Adagrad 0.01"
@@ -229,7 +231,7 @@ def transformer(asked: argparse.Namespace) -> None:
     for lr in sorted(race.lrs, reverse=True):
         for method in dict.fromkeys([*TABLE_3, *race.methods]):
             if race.of(method, lr):
-                times = ratio(middle(race, method, lr, 3.5), own[lr]) if lr in own else ""
+                times = ratio(middle(race, method, lr, 3.5), own[lr], race.steps) if lr in own else ""
                 steps = [shown(race, method, lr, threshold) for threshold in (4.0, 3.5)]
                 paper = TABLE_3.get(method, "") if lr == 3e-3 else ""
                 rows.append([method, f"{lr:g}", paper, *steps, times, end(race, method, lr, lambda run: run.last)])
@@ -265,7 +267,9 @@ def resnet(asked: argparse.Namespace) -> None:
     head = [f"rate {lr:g}" for lr in task.lrs]
     table(["net", "paper: epochs to 80 %, error %", *head, *(f"accuracy, {lr:g}" for lr in task.lrs)], rows)
     steps = {name: middle(race, name, 0.1, 0.3) for name in ("vanilla", "ReZero")}
-    print(f"Vanilla against ReZero, rate 0.1: {ratio(steps['vanilla'], steps['ReZero'])} times the steps.\n")
+    print(
+        f"Vanilla against ReZero, rate 0.1: {ratio(steps['vanilla'], steps['ReZero'], race.steps)} times the steps.\n"
+    )
     drawn = replace(race, runs=tuple(run for run in race.runs if run.lr == 0.1))
     picture("resnet56.png", "ResNet-56, SGD 0.1", partial(drawn.plot, title="ResNet-56, SGD 0.1"))
 
