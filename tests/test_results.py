@@ -60,7 +60,7 @@ def test_the_readme_has_the_tables_that_the_script_prints(
     reproduce.main()
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     readme = (ROOT / "README.md").read_text().splitlines()
-    assert len(printed) > 20
+    assert len(printed) > 10
     assert [line for line in printed if line not in readme] == []
 
 
