@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .instruments.groups import param_groups
     from .instruments.growing import grow
     from .instruments.isometry import Isometry, isometry
+    from .instruments.racing import Race, Run, race
     from .instruments.tracker import AlphaTracker, Reading
     from .plan import Options, Plan
     from .report import Report
@@ -38,6 +39,7 @@ __all__ = [
     "AlphaTracker",
     "tensorboard",
     "grow",
+    "race",
     "fold",
     "load_original_state_dict",
     "original_state_dict",
@@ -52,6 +54,8 @@ __all__ = [
     "StateAccount",
     "Isometry",
     "Reading",
+    "Race",
+    "Run",
     "SourceResult",
     "ConversionError",
     "NoEffectWarning",
@@ -77,6 +81,9 @@ _HOMES = {
     "Reading": "instruments.tracker",
     "tensorboard": "instruments.callbacks",
     "grow": "instruments.growing",
+    "race": "instruments.racing",
+    "Race": "instruments.racing",
+    "Run": "instruments.racing",
     "fold": "folding",
     "load_original_state_dict": "checkpoints",
     "original_state_dict": "checkpoints",
