@@ -35,7 +35,9 @@ def written(text: str, file: str, options: Options) -> Plan:
     notes = tuple(dict.fromkeys(note for plan in plans for note in plan.notes))
     done = {site.span: site for site in sites if site.verdict == "converted" and site.span is not None}
     kept = frozenset(call for plan in plans for call in _kept(plan, done))
-    sites = tuple(_told_by_text(_norms_of_text(site, kept), options) for site in sites)
+    settled = [_norms_of_text(site, kept) for site in sites]
+    kept |= _kept_in(settled)
+    sites = tuple(_told_by_text(_norms_of_text(site, kept), options) for site in settled)
     return Plan(sites, options, "static", sum(plan.scalars for plan in plans), notes)
 
 
@@ -107,6 +109,12 @@ def _norm_calls(sites: Iterable[Site]) -> Iterator[tuple[Span, str]]:
     """The calls of norms that are to go, with the norms' paths."""
     for site in sites:
         yield from ((norm.at.span, norm.path) for norm in site.norms if norm.at is not None and norm.action != "keep")
+
+
+def _kept_in(sites: Iterable[Site]) -> frozenset[tuple[Span, str]]:
+    """The calls of norms that some block keeps: other blocks with the same call keep them, too."""
+    norms = [norm for site in sites if site.verdict == "converted" for norm in site.norms if norm.action == "keep"]
+    return frozenset((norm.at.span, norm.path.rpartition(".")[2]) for norm in norms if norm.at is not None)
 
 
 def _kinds(sites: Iterable[Site]) -> dict[Span, str]:

@@ -557,7 +557,7 @@ def _is_curved(flow: Flow, node: int, within: frozenset[int]) -> bool:
         return True
     if name in _PRODUCTS:
         return sum(source in within for source in flow.inputs[node]) > 1
-    return flow.nodes[node].op == "call_module" and kind == "other"
+    return (flow.nodes[node].op == "call_module" and kind == "other") or name == "opaque"
 
 
 def owner_call(flow: Flow, node: int) -> Call:
