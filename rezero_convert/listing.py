@@ -6,12 +6,23 @@ import os
 import re
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 from .plan import Span
 
 DIGITS = re.compile(r"(?<![0-9])(0|[1-9][0-9]*)(?![0-9])")
 """Numbers that stand by themselves in a path or sentence."""
 _INVALID = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def plain(shown: Any, width: int = 110) -> str:
+    """What rich would print, as text without colours."""
+    from rich.console import Console
+
+    console = Console(width=width, no_color=True, highlight=False)
+    with console.capture() as captured:
+        console.print(shown)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines()).rstrip()
 
 
 def compact(paths: Iterable[str], limit: int = 12) -> str:

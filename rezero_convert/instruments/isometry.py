@@ -14,7 +14,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from ..errors import ConversionError
-from ..listing import compact
+from ..listing import compact, plain
 from ..plan import as_dict
 from .spectrum import Sample, exact, lanczos
 from .stream import BlockFlow, run_stream
@@ -69,10 +69,7 @@ class Isometry:
         return {"version": 1, **as_dict(self)}
 
     def __str__(self) -> str:
-        console = Console(width=110, no_color=True, highlight=False)
-        with console.capture() as captured:
-            console.print(self)
-        return captured.get().rstrip()
+        return plain(self)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield Text(f"{self.title}: {' -> '.join(path or '(the model)' for path in self.stream)}, {self.method}", "bold")

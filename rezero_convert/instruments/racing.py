@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from .. import files
 from ..api import convert
 from ..errors import ConversionError
+from ..listing import plain
 
 Entrant = Mapping[str, Any] | Callable[[], nn.Module] | None
 """Options of `convert`; or a function that makes another model; or None, the model as it is."""
@@ -129,10 +130,7 @@ class Race:
         return raced(self, Path(path), title)
 
     def __str__(self) -> str:
-        console = Console(width=160, no_color=True, highlight=False)
-        with console.capture() as captured:
-            console.print(self)
-        return "\n".join(line.rstrip() for line in captured.get().splitlines()).rstrip()
+        return plain(self, 160)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import ConversionError
 from ..files import replace
+from ..listing import plain
 from ..rewrite.modules import alphas
 from .watching import Watch, blocks_of, gates_now, whole
 
@@ -172,10 +173,7 @@ class AlphaTracker:
         return trainer_callback(self)
 
     def __str__(self) -> str:
-        console = Console(width=110, no_color=True, highlight=False)
-        with console.capture() as captured:
-            console.print(self)
-        return captured.get().rstrip()
+        return plain(self)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Today's gates; `rich.live.Live(tracker)` shows them while training runs."""

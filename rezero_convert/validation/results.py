@@ -10,7 +10,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from ..listing import compact, number, short
+from ..listing import compact, number, plain, short
 from ..pages import outcome
 from ..plan import as_dict
 
@@ -94,10 +94,7 @@ class Validation:
         return outcome(self.to_dict())
 
     def __str__(self) -> str:
-        console = Console(width=110, no_color=True, highlight=False)
-        with console.capture() as captured:
-            console.print(self)
-        return captured.get().rstrip()
+        return plain(self)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         verdict = "holds" if self.ok else "DOES NOT HOLD"
