@@ -428,7 +428,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 @pytest.fixture(scope="module")
 def tab() -> Iterator[Browser]:
-    if CHROMIUM is None:
+    if CHROMIUM is None:  # pip cannot install a browser; the tests above parse the pages without one
         pytest.skip("no Chromium is installed (Debian: apt-get install chromium)")
     with browser() as opened:
         yield opened
