@@ -189,6 +189,35 @@ class CustomOpWithoutFake(Block):
         return x + torch.ops.rezero_convert_tests.opaque(self.fc(x))  # type: ignore[no-any-return]
 
 
+@torch.library.custom_op("rezero_convert_tests::fused", mutates_args=())
+def _fused(x: Tensor, weight: Tensor) -> Tensor:
+    """A layer with its activation, in one operator."""
+    return torch.tanh(x @ weight)
+
+
+@_fused.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x @ weight
+
+
+def _fused_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    x, weight, out = ctx.saved_tensors
+    inner = grad * (1 - out * out)
+    return inner @ weight.T, x.T @ inner
+
+
+torch.library.register_autograd(
+    "rezero_convert_tests::fused",
+    _fused_backward,
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, output),
+)
+
+
+class CustomLayer(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.ops.rezero_convert_tests.fused(x, self.fc.weight)  # type: ignore[no-any-return]
+
+
 class Tagged(Tensor):
     """A plain subclass: it goes through every operation."""
 

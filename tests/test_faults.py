@@ -112,6 +112,7 @@ def test_a_branch_that_cannot_be_seen_is_refused_with_its_reason(make: Any, code
         fm.Closed,
         fm.ControlFlow,
         fm.CustomAutograd,
+        fm.CustomLayer,
         fm.CustomOp,
         fm.CustomOpWithoutFake,
         fm.Forwarding,

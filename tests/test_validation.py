@@ -828,6 +828,71 @@ def test_gradients_that_are_no_numbers_are_compared_as_such() -> None:
     assert not all(check.ok for check in validation.equality(model, other, x))
 
 
+class Overwrites(nn.Module):
+    """Keeps a state that it overwrites although a gradient needs it (RWKV's, in eval mode)."""
+
+    def __init__(self, always: bool = False) -> None:
+        super().__init__()
+        self.fc, self.always = nn.Linear(4, 4), always
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        state = self.fc(x).exp()
+        branch = torch.tanh(state)
+        if self.always or not self.training:
+            state[:, 0] = 1.0
+        return x + branch
+
+
+def test_what_cannot_be_differentiated_in_eval_mode_is_measured_in_train_mode() -> None:
+    model, x = Overwrites(), torch.randn(2, 4)
+    check = rz.validate(rz.convert(model, x), x)
+    assert check.ok, check.failures
+    assert any("cannot be differentiated" in note for note in check.notes)
+    done = {(one.name, one.mode) for one in check.blocks[0].checks}
+    assert {("identity", "eval"), ("identity", "train"), ("vjp", "train"), ("alive", "train")} <= done
+    assert ("vjp", "eval") not in done
+    checks = validation.equality(model, rz.convert(model, x, alpha_init="preserve"), x)
+    assert all(check.ok for check in checks), checks
+    assert any("neither model can be differentiated" in check.detail for check in checks)
+
+
+def test_what_can_never_be_differentiated_is_no_success() -> None:
+    model, x = Overwrites(always=True), torch.randn(2, 4)
+    with pytest.raises(rz.ConversionError, match="cannot be differentiated in any mode"):
+        rz.validate(rz.convert(model, x, verify=False), x)
+
+
+def test_a_model_that_alone_cannot_be_differentiated_is_another_model() -> None:
+    model, x = Overwrites(), torch.randn(2, 4)
+    other = copy.deepcopy(model)
+    other.always = True
+    checks = {(check.name, check.mode): check for check in validation.equality(model, other, x)}
+    assert not checks["gradients", "train"].ok
+    assert "only one model" in checks["gradients", "train"].detail
+
+
+class Expert(nn.Module):
+    """Multiplies by its matrices in one grouped product, as mixtures of experts do, one of them turned around."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(2, 16, 16)), nn.Parameter(torch.randn(2, 16, 16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        ends = torch.tensor([3, 8], dtype=torch.int32)
+        hidden = F.grouped_mm(x, self.up, offs=ends)
+        return x + F.grouped_mm(torch.relu(hidden), self.down.transpose(-2, -1), offs=ends)
+
+
+def test_grouped_products_have_weights() -> None:
+    x = torch.randn(8, 16)
+    converted = rz.convert(Expert(), x)
+    assert [name for name, _ in rz.alphas(converted)] == ["alpha"]
+    with torch.no_grad():
+        converted.down.zero_()
+    assert any("branch-alive" in failure or "zero" in failure for failure in rz.validate(converted, x).failures)
+
+
 @pytest.mark.parametrize("block", [GPTBlock, PostNorm])
 def test_the_walks_for_gradients_do_not_grow_with_the_depth(
     block: type[nn.Module], monkeypatch: pytest.MonkeyPatch

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
 
+from torch._ops import OpOverload, OpOverloadPacket
+
 from ..capture.graphs import is_flat
 from ..capture.trace import Call
 from ..plan import Operand
@@ -18,8 +20,11 @@ from .sums import Sum, Term, halves, operands, sums
 
 SkipKind = Literal["identity", "projection", "slice"]
 
-_PRODUCTS = frozenset({"mul", "matmul", "mm", "bmm", "einsum", "baddbmm", "addcmul", "div", "tensordot"})
+_PRODUCTS = frozenset({"mul", "matmul", "mm", "bmm", "einsum", "baddbmm", "addcmul", "div", "tensordot"}) | frozenset(
+    {"_grouped_mm", "grouped_mm", "_scaled_mm", "scaled_mm", "_scaled_grouped_mm", "scaled_grouped_mm"}
+)
 _MATRIX_PRODUCTS = _PRODUCTS - {"mul", "div", "addcmul"}
+_NAMESPACES = frozenset({"aten", "prims", "prim", "_c10d_functional", "higher_order"})
 _NONLINEAR_NAMES = frozenset(
     {"exp", "log", "pow", "square", "sqrt", "abs", "erf", "softmax", "maximum", "minimum", "sin"}
 )
@@ -535,9 +540,16 @@ def has_weight(flow: Flow, node: int) -> bool:
     """Whether the node multiplies by a matrix or kernel that is a parameter."""
     if flow.facts[node].weight:
         return True
-    if flow.name(node) not in _MATRIX_PRODUCTS:
+    if flow.name(node) not in _MATRIX_PRODUCTS and not _is_foreign(flow, node):
         return False
     return any(flow.constant[source] and _is_matrix(flow, source) for source in flow.inputs[node])
+
+
+def _is_foreign(flow: Flow, node: int) -> bool:
+    """Whether the node is an operator that another library defined: it may do anything with a matrix."""
+    target = flow.nodes[node].target
+    called = isinstance(target, (OpOverload, OpOverloadPacket))
+    return called and str(target).partition(".")[0] not in _NAMESPACES
 
 
 def _is_matrix(flow: Flow, node: int) -> bool:
@@ -557,7 +569,8 @@ def _is_curved(flow: Flow, node: int, within: frozenset[int]) -> bool:
         return True
     if name in _PRODUCTS:
         return sum(source in within for source in flow.inputs[node]) > 1
-    return (flow.nodes[node].op == "call_module" and kind == "other") or name == "opaque"
+    unknown = flow.nodes[node].op == "call_module" and kind == "other"
+    return unknown or name == "opaque" or _is_foreign(flow, node)
 
 
 def owner_call(flow: Flow, node: int) -> Call:

@@ -78,12 +78,20 @@ def _equal_gradients(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         cotangents = [torch.randn_like(one) for one, _ in pairs]
-    sides = [
-        torch.autograd.grad(
-            [pair[side] for pair in pairs], [names[name] for name in shared], cotangents, allow_unused=True
-        )
-        for side, names in ((0, ours), (1, theirs))
-    ]
+    sides: list[tuple[Tensor | None, ...]] = []
+    errors: list[str] = []
+    for side, names in ((0, ours), (1, theirs)):
+        try:
+            sides.append(
+                torch.autograd.grad(
+                    [pair[side] for pair in pairs], [names[name] for name in shared], cotangents, allow_unused=True
+                )
+            )
+        except RuntimeError as error:  # it overwrites what the gradient needs (RWKV's state, in eval mode)
+            errors.append(one_line(error))
+    if errors:
+        which = "only one model" if sides else "neither model"
+        return Check("gradients", mode, not sides, f"{which} can be differentiated in this mode: {errors[0]}")
     largest = max((_largest(grad) for grad in sides[0] if grad is not None), default=0.0)
     both = list(zip(shared, *sides, strict=True))
     apart = [name for name, one, other in both if not _close(one, other, largest)]

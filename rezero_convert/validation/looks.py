@@ -72,6 +72,8 @@ class Look:
     """By the block's sum."""
     outputs: list[Tensor] = field(default_factory=list)
     """Of the run with real numbers."""
+    undifferentiable: str = ""
+    """Why no gradients can be computed in this mode."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +233,11 @@ def _parameters_at(flow: Flow, node: int) -> Iterator[str]:
         module = flow.trace.model.get_submodule(str(target.target))
         yield from (f"{target.target}.{name}" for name, value in module.named_parameters() if value.dim() > 1)
     else:
-        yield from (path for source in flow.inputs[node] if (path := flow.parameter(source)) is not None)
+        for source in flow.inputs[node]:
+            while flow.parameter(source) is None and flow.constant[source] and len(flow.inputs[source]) == 1:
+                (source,) = flow.inputs[source]  # transposed, cast
+            if (path := flow.parameter(source)) is not None:
+                yield path
 
 
 def output_of(flow: Flow, node: int, site: Site | None) -> int:

@@ -27,6 +27,11 @@ from .looks import (
 from .results import Check
 from .running import SEED
 
+
+class _NoGradients(RuntimeError):
+    """The model runs, but what it computes cannot be differentiated: it overwrites what the gradient needs."""
+
+
 MORTAL = ("nonzero", "alive", "branch-alive")
 _RETRIES = 8  # stochastic depth may silence a whole branch in one run
 
@@ -91,7 +96,14 @@ def with_numbers(subject: Subject, look: Look, notes: list[str]) -> Look | None:
 
 def _measure(subject: Subject, look: Look, notes: list[str]) -> Look:
     seen = _run(subject, look)
-    look.checks = {block.sum: list(_at_gates(subject, block, seen, look.mode)) for block in look.found}
+    try:
+        look.checks = {block.sum: list(_at_gates(subject, block, seen, look.mode)) for block in look.found}
+    except _NoGradients as error:
+        if look.mode == "train":
+            raise
+        look.undifferentiable = str(error)
+        look.checks = {block.sum: list(_of_values(block, seen, look.mode)) for block in look.found}
+        notes.append(f"no gradients were checked in eval mode, where the model cannot be differentiated: {error}")
     still = [block.path for block in look.found if not seen.nonzero.get(block.shortcut, True) and _excuse(look, block)]
     if still:
         notes.append(f"liveness was not checked where the stream is zero before the block: {compact(still)}")
@@ -319,11 +331,15 @@ def _watch(subject: Subject, look: Look, forms: frozenset[int], *, mark: bool) -
     return seen
 
 
-def _at_gates(subject: Subject, block: Block, seen: _Observed, mode: str) -> Iterator[Check]:
+def _of_values(block: Block, seen: _Observed, mode: str) -> Iterator[Check]:
     values = [branch.value for branch in block.branches]
     yield Check("identity", mode, seen.equal.get(block.sum, False), "the sum differs from the skip")
     yield Check("finite", mode, all(seen.finite.get(node, False) for node in values), "the branch is not finite")
     yield Check("nonzero", mode, all(seen.nonzero.get(node, False) for node in values), "the branch is zero")
+
+
+def _at_gates(subject: Subject, block: Block, seen: _Observed, mode: str) -> Iterator[Check]:
+    yield from _of_values(block, seen, mode)
     if block.sum in seen.paused:
         return
     output = seen.edges.get(block.output)
@@ -358,7 +374,10 @@ def _has_live_weight(model: nn.Module, branch: Branch, seen: _Observed) -> bool:
 
 
 def _grads(edge: GradientEdge, inputs: list[Any], cotangent: Tensor) -> tuple[Tensor | None, ...]:
-    found: tuple[Tensor | None, ...] = torch.autograd.grad(
-        edge, inputs, cotangent, retain_graph=True, allow_unused=True
-    )
+    try:
+        found: tuple[Tensor | None, ...] = torch.autograd.grad(
+            edge, inputs, cotangent, retain_graph=True, allow_unused=True
+        )
+    except RuntimeError as error:
+        raise _NoGradients(one_line(error)) from error
     return found

@@ -152,6 +152,9 @@ def _validated(subject: Subject, broken: list[str]) -> Validation:
     asleep: tuple[str, ...] = ()
     if subject.runs:
         looks = [measured for look in looks if (measured := with_numbers(subject, look, notes)) is not None]
+        blind = next((look for look in looks if look.undifferentiable), None)
+        if blind is not None and not any(look.mode == "train" for look in looks):
+            raise ConversionError(f"the model cannot be differentiated in any mode: {blind.undifferentiable}")
     else:
         why = f"without inputs: {PASS_INPUTS}" if subject.symbolic else "on meta tensors"
         notes.append(f"only the structure was checked, {why}")
