@@ -1,8 +1,10 @@
 """Graphs of torch.fx against the module route: `python -m tests.sweep.doors [NAME ...]` from the repository's root.
 
+Without names, one architecture of each of torchvision's files; with `all`, all of its classification models.
+
 Every model goes through every door (a tracer that makes a graph module of it), is converted there, and compared with
 the model converted as a module: as many blocks, by the same names where the tracer notes modules; preserve mode
-bit-identical; validation; equal outputs under equal random gates.
+bit-identical; validation; equal outputs and gradients (of the gates and the input) under equal random gates.
 """
 
 from __future__ import annotations
@@ -96,9 +98,7 @@ def failures(module: nn.Module, traced: nn.Module, x: Tensor, *, named: bool) ->
             yield "preserve mode is not bit-identical"
     if expected:
         yield from rz.validate(graph, x).failures
-    agreed = _agree(copy.deepcopy(module), graph, x, dict(zip(expected, found, strict=True)))
-    if not agreed:
-        yield "other outputs under equal random gates"
+    yield from _apart(copy.deepcopy(module), graph, x, dict(zip(expected, found, strict=True)))
 
 
 def _gates(model: nn.Module, x: Tensor) -> list[str]:
@@ -108,7 +108,8 @@ def _gates(model: nn.Module, x: Tensor) -> list[str]:
     return [name for name in dict.fromkeys(used) if name in names]
 
 
-def _agree(module: nn.Module, graph: nn.Module, x: Tensor, names: dict[str, str]) -> bool:
+def _apart(module: nn.Module, graph: nn.Module, x: Tensor, names: dict[str, str]) -> Iterator[str]:
+    """What differs under equal random gates."""
     generator = torch.Generator().manual_seed(1)
     ours, theirs = dict(rz.alphas(module)), dict(rz.alphas(graph))
     with torch.no_grad():
@@ -116,8 +117,19 @@ def _agree(module: nn.Module, graph: nn.Module, x: Tensor, names: dict[str, str]
             value = 0.5 + torch.rand(ours[one].shape, generator=generator)
             ours[one].copy_(value)
             theirs[other].copy_(value.reshape(theirs[other].shape))
-        expected = module(x)
-        return torch.allclose(graph(x), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    weights = torch.randn(module(x).shape, generator=generator)
+    left = _with_gradients(module, x, [ours[one] for one in names], weights)
+    right = _with_gradients(graph, x, [theirs[other] for other in names.values()], weights)
+    for what, one, other in zip(("output", "gradient of the input", *names), left, right, strict=True):
+        if not torch.allclose(one.reshape(other.shape), other, rtol=1e-3, atol=1e-4 * float(one.abs().max())):
+            yield f"{what} differs under equal random gates"
+
+
+def _with_gradients(model: nn.Module, x: Tensor, gates: list[nn.Parameter], weights: Tensor) -> list[Tensor]:
+    """The output, and the gradients of its weighted sum."""
+    x = x.detach().clone().requires_grad_()
+    output = model(x)
+    return [output.detach(), *torch.autograd.grad((output * weights).sum(), [x, *gates])]
 
 
 def _told(error: Exception) -> str:
@@ -142,7 +154,8 @@ def table(rows: Iterable[Outcome]) -> str:
 
 def main(names: list[str]) -> int:
     rows: list[Outcome] = []
-    for name in names or NAMES:
+    chosen = zoos.classifiers() if names == ["all"] else names or NAMES
+    for name in chosen:
         try:
             for one in outcomes(name):
                 rows.append(one)

@@ -116,6 +116,14 @@ def _torchvision_names() -> list[str]:
     return [name for name in list_models() if not name.startswith("quantized_")]
 
 
+def classifiers() -> list[str]:
+    """torchvision's classification models."""
+    _declare_torchvision()
+    from torchvision import models
+
+    return models.list_models(module=models)
+
+
 def _torchvision_attempts(name: str, kind: Kind) -> Iterator[Attempt]:
     from torchvision import models
 
