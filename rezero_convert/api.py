@@ -41,6 +41,14 @@ def audit(model: nn.Module, example_inputs: Any = None, **options: Any) -> Repor
 
     Raises:
         ConversionError: the model cannot be captured, or an option is not valid.
+
+    Example:
+        >>> import torch, rezero_convert as rz
+        >>> layer, x = torch.nn.TransformerEncoderLayer(16, 2, 32), torch.randn(5, 2, 16)
+        >>> for site in rz.audit(layer, x).plan.converted:
+        ...     print(site.text, "|", site.form)
+        x | identity skip, post-norm
+        x = self.norm2(x + self._ff_block(x)) | identity skip, post-norm
     """
     settings = make_options(**options)
     done = modules.record(model)
@@ -76,6 +84,17 @@ def convert(
     Raises:
         ConversionError: the model cannot be captured or rewritten, or the result is not what the plan says. The given
             model is then as it was.
+
+    Example:
+        >>> import torch, rezero_convert as rz
+        >>> layer, x = torch.nn.TransformerEncoderLayer(16, 2, 32), torch.randn(5, 2, 16)
+        >>> converted = rz.convert(layer, x)
+        >>> [name for name, _ in rz.alphas(converted)]
+        ['alpha_self_attn', 'alpha_linear2']
+        >>> torch.equal(converted(x), x)  # the identity, until the gates open
+        True
+        >>> isinstance(converted, torch.nn.TransformerEncoderLayer)
+        True
     """
     settings = make_options(**options)
     if isinstance(model, fx.GraphModule) and active_fake_mode() is not None:
@@ -116,6 +135,13 @@ def unconvert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
     Raises:
         ConversionError: a class was derived from a converted one. The given model is then as it was.
+
+    Example:
+        >>> import torch, rezero_convert as rz
+        >>> layer, x = torch.nn.TransformerEncoderLayer(16, 2, 32), torch.randn(5, 2, 16)
+        >>> converted = rz.convert(layer, x, alpha_init="preserve")
+        >>> type(rz.unconvert(converted)) is torch.nn.TransformerEncoderLayer
+        True
     """
     result = model if inplace else copied(model)
     if not restore.is_converted(result):
@@ -164,6 +190,28 @@ def convert_source(
     Raises:
         ConversionError: the text has a syntax error, the model cannot be captured, or the rewritten text does not
             compile or would be changed by a second run.
+
+    Example:
+        >>> import rezero_convert as rz
+        >>> text = '''
+        ... from torch import nn
+        ... class Block(nn.Module):
+        ...     def __init__(self, width):
+        ...         super().__init__()
+        ...         self.fc = nn.Linear(width, width)
+        ...     def forward(self, x):
+        ...         return x + self.fc(x).relu()
+        ... '''
+        >>> print(rz.convert_source(text).text.strip())
+        import torch
+        from torch import nn
+        class Block(nn.Module):
+            def __init__(self, width):
+                super().__init__()
+                self.fc = nn.Linear(width, width)
+                self.alpha = nn.Parameter(torch.zeros(1))
+            def forward(self, x):
+                return x + self.alpha * self.fc(x).relu()
     """
     settings = make_options(**options)
     with sources.registered(file, text):
@@ -184,6 +232,18 @@ def audit_source(
 
     Raises:
         ConversionError: as `convert_source`.
+
+    Example:
+        >>> import rezero_convert as rz
+        >>> text = '''
+        ... from torch import nn
+        ... class Sum(nn.Module):
+        ...     def forward(self, x, y):
+        ...         return x + y
+        ... '''
+        >>> for site in rz.audit_source(text, file="sum.py").plan.sites:
+        ...     print(f"{site.shown}: {site.verdict} {site.code}: {site.reason}")
+        sum.py:5:16: refused RZ901: the operands are independent: they come from different inputs
     """
     with sources.registered(file, text):
         return Report(_source_plan(text, file, model, example_inputs, make_options(**options)), title=file)

@@ -66,6 +66,15 @@ def load_original_state_dict(model: nn.Module, state: Mapping[str, Tensor], *, a
         ConversionError: the model is not converted, or was folded; a key is neither the model's nor that of something
             the conversion dropped; a key is missing that the conversion did not make; a shape differs. Nothing is
             loaded then.
+
+    Example:
+        >>> import torch, rezero_convert as rz
+        >>> layer, x = torch.nn.TransformerEncoderLayer(16, 2, 32), torch.randn(5, 2, 16)
+        >>> account = rz.load_original_state_dict(rz.convert(layer, x), layer.state_dict())
+        >>> account.dropped
+        ('norm1.weight', 'norm1.bias', 'norm2.weight', 'norm2.bias')
+        >>> account.new
+        ('alpha_self_attn', 'alpha_linear2')
     """
     _converted(model)
     entries = list(_entries(model))
@@ -107,6 +116,13 @@ def original_state_dict(model: nn.Module, *, lossy: bool = False) -> dict[str, A
     Raises:
         ConversionError: the original would compute something else, and `lossy` is not asked for; or the model is not
             converted, or cannot be copied.
+
+    Example:
+        >>> import torch, rezero_convert as rz
+        >>> layer, x = torch.nn.TransformerEncoderLayer(16, 2, 32), torch.randn(5, 2, 16)
+        >>> model = rz.convert(layer, x, alpha_init="preserve")
+        >>> rz.original_state_dict(model).keys() == layer.state_dict().keys()
+        True
     """
     _converted(model)
     lost = _lost(model)

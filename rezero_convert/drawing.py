@@ -33,6 +33,14 @@ def draw(model: nn.Module, path: str | os.PathLike[str], example_inputs: Any = N
 
     Raises:
         ConversionError: the model cannot be captured, an option is not valid, or the file cannot be written.
+
+    Example:
+        >>> import torch, rezero_convert as rz
+        >>> layer, x = torch.nn.TransformerEncoderLayer(16, 2, 32), torch.randn(5, 2, 16)
+        >>> import pathlib, tempfile
+        >>> path = rz.draw(layer, pathlib.Path(tempfile.mkdtemp()) / "layer.svg", x)
+        >>> path.read_text().startswith("<svg")
+        True
     """
     file = Path(path)
     replace(file, drawn(model, example_inputs, **options)[1].encode())
@@ -65,6 +73,14 @@ def page(
 
     Raises:
         ConversionError: the model cannot be captured, an option is not valid, or the file cannot be written.
+
+    Example:
+        >>> import torch, rezero_convert as rz
+        >>> layer, x = torch.nn.TransformerEncoderLayer(16, 2, 32), torch.randn(5, 2, 16)
+        >>> import pathlib, tempfile
+        >>> path = rz.page(layer, pathlib.Path(tempfile.mkdtemp()) / "layer.html", x)
+        >>> path.read_text().startswith("<!DOCTYPE html>")
+        True
     """
     file = Path(path)
     report, drawing = drawn(model, example_inputs, **options)

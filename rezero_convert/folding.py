@@ -55,6 +55,17 @@ def fold(model: nn.Module, example_inputs: Any = None, *, inplace: bool = False)
     Raises:
         ConversionError: there are no inputs, the model cannot be recorded or copied, parameters have no values, or the
             outputs differ afterwards. The given model is then as it was.
+
+    Example:
+        >>> import torch, rezero_convert as rz
+        >>> layer, x = torch.nn.TransformerEncoderLayer(16, 2, 32), torch.randn(5, 2, 16)
+        >>> model = rz.convert(layer, x).eval()
+        >>> with torch.no_grad():
+        ...     for _, alpha in rz.alphas(model):
+        ...         _ = alpha.fill_(0.5)  # as training would
+        >>> folded = rz.fold(model, x)
+        >>> len(list(rz.alphas(folded))), torch.allclose(folded(x), model(x), atol=1e-5)
+        (0, True)
     """
     check_model(model)
     result = model if inplace else copied(model)

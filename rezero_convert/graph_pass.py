@@ -31,6 +31,19 @@ class ReZeroPass(PassBase):
         inplace: rewrite the given graph module, not a copy of it.
         verify: check the result, as `convert` does.
         **options: as for `convert`.
+
+    Example:
+        >>> import torch, rezero_convert as rz
+        >>> from torch.fx.passes.infra.pass_manager import PassManager
+        >>> class Block(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.fc = torch.nn.Linear(4, 4)
+        ...     def forward(self, x):
+        ...         return x + self.fc(x).relu()
+        >>> result = PassManager(passes=[rz.ReZeroPass(torch.randn(2, 4))])(torch.fx.symbolic_trace(Block()))
+        >>> result.modified, [name for name, _ in rz.alphas(result.graph_module)]
+        (True, ['alpha'])
     """
 
     def __init__(

@@ -34,6 +34,14 @@ def short(methods: Any = ("original", "rezero"), **options: Any) -> rz.Race:
     return rz.race(partial(stack, 2), batches, methods, **given | options)
 
 
+def test_a_factory_that_gives_one_model_twice_is_refused() -> None:
+    model = stack(2)
+    before = [weight.detach().clone() for weight in model.parameters()]
+    with pytest.raises(rz.ConversionError, match="same weights twice"):
+        rz.race(lambda: model, batches, lrs=[0.01], thresholds=[2.0], steps=6, seeds=[0])
+    assert all(map(torch.equal, model.parameters(), before))
+
+
 def test_arguments_out_of_range_are_refused() -> None:
     for wrong in ({"lrs": []}, {"seeds": []}, {"thresholds": []}, {"steps": 0}, {"every": 0}, {"methods": []}):
         with pytest.raises(rz.ConversionError, match="a race takes"):

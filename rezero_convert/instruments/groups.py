@@ -44,6 +44,14 @@ def param_groups(
 
     Raises:
         ConversionError: the model has no trainable gate, or a rate is not a number of at least 0.
+
+    Example:
+        >>> import torch, rezero_convert as rz
+        >>> layer, x = torch.nn.TransformerEncoderLayer(16, 2, 32), torch.randn(5, 2, 16)
+        >>> groups = rz.param_groups(rz.convert(layer, x), lr=1e-3, alpha_lr=1e-2, weight_decay=0.1)
+        >>> optimizer = torch.optim.AdamW(groups)
+        >>> [(len(group["params"]), group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+        [(8, 0.001, 0.1), (2, 0.01, 0.0)]
     """
     for name, value in (("lr", lr), ("alpha_lr", alpha_lr), ("weight_decay", weight_decay)):
         if value is not None and not (math.isfinite(value) and value >= 0):

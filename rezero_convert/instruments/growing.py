@@ -66,6 +66,15 @@ def grow(
         ConversionError: a block is not converted or would not be the identity, blocks share weights or gates, weights
             cannot be made fresh, or the deeper model does not do the same or does not run its new blocks. The given
             model and optimizer are then as they were.
+
+    Example:
+        >>> import torch, rezero_convert as rz
+        >>> layer = torch.nn.TransformerEncoderLayer(16, 2, 32)
+        >>> encoder = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        >>> model, x = rz.convert(encoder, torch.randn(5, 2, 16)).eval(), torch.randn(5, 2, 16)
+        >>> deeper = rz.grow(model, "layers", example_inputs=x)
+        >>> len(deeper.layers), torch.equal(deeper(x), model(x))
+        (4, True)
     """
     if type(factor) is not int or factor < 2:
         raise ConversionError(f"factor must be a whole number of at least 2, not {factor!r}")

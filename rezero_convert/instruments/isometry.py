@@ -122,6 +122,13 @@ def isometry(
     Raises:
         ConversionError: an argument is out of its range, the model cannot be run or has no such stream, no gradient
             passes along it, the Jacobian is not finite, or an operation cannot be differentiated twice ("lanczos").
+
+    Example:
+        >>> import torch, rezero_convert as rz
+        >>> layer, x = torch.nn.TransformerEncoderLayer(16, 2, 32), torch.randn(5, 2, 16)
+        >>> result = rz.isometry(rz.convert(layer, x), x)
+        >>> result.mean_squared, result.largest, result.shape
+        (1.0, 1.0, (5, 2, 16))
     """
     if method not in ("auto", "exact", "lanczos"):
         raise ConversionError(f'method must be "auto", "exact" or "lanczos", not {method!r}')

@@ -227,11 +227,26 @@ def race(
 
     Raises:
         ConversionError: a model cannot be converted by a method, nothing was trained yet then; an argument is out of
-            its range; the batches run out; or `keep` is a file of other runs.
+            its range; `make_model` gives one model twice; the batches run out; or `keep` is a file of other runs.
+
+    Example:
+        >>> import torch, rezero_convert as rz
+        >>> def make_model():
+        ...     return torch.nn.TransformerEncoderLayer(16, 2, 32)
+        >>> def batches(seed):
+        ...     return [(torch.randn(5, 2, 16), torch.zeros(5, 2, 16)) for _ in range(4)]
+        >>> mse = torch.nn.functional.mse_loss
+        >>> race = rz.race(make_model, batches, lrs=[0.1], thresholds=[0.5], steps=4, seeds=[0], loss=mse)
+        >>> [(run.method, run.lr, run.seed) for run in race.runs]
+        [('original', 0.1, 0), ('rezero', 0.1, 0)]
     """
     entrants = _entrants(methods)
     if not (entrants and lrs and seeds and thresholds) or steps < 1 or every < 1:
         raise ConversionError("a race takes a method, a learning rate, a seed and a threshold; steps, every at least 1")
+    one, other = make_model(), make_model()
+    if not {id(weight) for weight in one.parameters()}.isdisjoint(id(weight) for weight in other.parameters()):
+        raise ConversionError("make_model gave the same weights twice: every run starts from a model made anew")
+    del one, other
     measured = (
         f"training loss, mean of {_WINDOW} steps" if evaluate is None else getattr(evaluate, "__name__", "evaluate")
     )

@@ -62,6 +62,19 @@ class AlphaTracker:
 
     Raises:
         ConversionError: the model has no gate, or a number is out of its range.
+
+    Example:
+        >>> import torch, rezero_convert as rz
+        >>> layer, x = torch.nn.TransformerEncoderLayer(16, 2, 32), torch.randn(5, 2, 16)
+        >>> model = rz.convert(layer, x)
+        >>> optimizer, tracker = torch.optim.SGD(rz.param_groups(model, lr=0.1)), rz.AlphaTracker(model, every=1)
+        >>> for _ in range(2):
+        ...     optimizer.zero_grad()
+        ...     model(x).square().mean().backward()
+        ...     optimizer.step()
+        ...     rows = tracker.step()
+        >>> [(reading.step, reading.gate) for reading in tracker.readings]
+        [(1, 'alpha_self_attn'), (1, 'alpha_linear2'), (2, 'alpha_self_attn'), (2, 'alpha_linear2')]
     """
 
     def __init__(

@@ -102,7 +102,16 @@ def rewrite(model: nn.Module, plan: Plan) -> ExitStack:
 
 
 def alphas(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The gates of a converted model with their names from the root; each parameter once."""
+    """The gates of a converted model with their names from the root; each parameter once.
+
+    Example:
+        >>> import torch, rezero_convert as rz
+        >>> layer, x = torch.nn.TransformerEncoderLayer(16, 2, 32), torch.randn(5, 2, 16)
+        >>> for name, alpha in rz.alphas(rz.convert(layer, x)):
+        ...     print(name, alpha.tolist())
+        alpha_self_attn [0.0]
+        alpha_linear2 [0.0]
+    """
     seen: set[int] = set()
     for prefix, module in model.named_modules():
         for name in module.__dict__.get("rezero_gates", ()):

@@ -51,6 +51,13 @@ def validate(model: nn.Module, example_inputs: Any = None, *, options: Options |
 
     Raises:
         ConversionError: the model cannot be captured, or has no gate at all.
+
+    Example:
+        >>> import torch, rezero_convert as rz
+        >>> layer, x = torch.nn.TransformerEncoderLayer(16, 2, 32), torch.randn(5, 2, 16)
+        >>> result = rz.validate(rz.convert(layer, x), x)
+        >>> result.ok, len(result.blocks)
+        (True, 2)
     """
     check_model(model)
     symbolic = example_inputs is None and infer_inputs(model) is None
