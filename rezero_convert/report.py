@@ -92,6 +92,9 @@ class Report:
             "alphas": {name: [_json_number(value) for value in values] for name, values in self.alphas.items()},
         }
 
+    def __repr__(self) -> str:
+        return f"<Report on {self.title or 'a plan'}, {totals(self)}>"
+
     def __str__(self) -> str:
         lines = _wrapped([_heading(self)])
         for group in grouped(self.plan.sites):

@@ -209,7 +209,7 @@ def test_nothing_leaves_its_place_in_a_notebook() -> None:
         page.feed(text)
         page.close()
         assert not page.open
-        assert {element.name for element in page.elements} <= set("p b table thead tbody tr th td".split())
+        assert {element.name for element in page.elements} <= set("p b code table thead tbody tr th td".split())
         assert any(SHOWN in element.text for element in page.of("b"))
 
 

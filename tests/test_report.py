@@ -4,6 +4,7 @@ import io
 import json
 import re
 from dataclasses import replace
+from html import escape as html_escape
 from pathlib import Path
 
 import pytest
@@ -245,6 +246,14 @@ def test_html(plan: Plan) -> None:
     html = Report(plan)._repr_html_()
     assert html.startswith("<p><b>model: audit")
     assert "<td>alpha_attn</td>" in html
+    for site in plan.sites:
+        assert html_escape(site.text.strip()) in html
+        assert html_escape(site.form or site.reason) in html
+
+
+def test_the_short_form_is_one_line(plan: Plan) -> None:
+    assert repr(Report(plan, title="Net")).startswith("<Report on Net, total: ")
+    assert "\n" not in repr(Report(plan))
 
 
 # JSON

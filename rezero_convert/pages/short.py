@@ -27,12 +27,15 @@ def brief(report: Mapping[str, Any], heading: str, facts: Sequence[str]) -> str:
         (
             f"{one['code']} {one['verdict']}",
             one["where"],
+            tag("code", one["text"]),
             modules(one),
+            one["form"] or one["reason"],
             ", ".join(one["alphas"]),
         )
         for one in groups
     )
-    return joined(_table(heading, ("verdict", "where", "modules", "gates"), rows, len(groups)), _paragraphs(facts))
+    columns = ("verdict", "where", "line", "modules", "form or reason", "gates")
+    return joined(_table(heading, columns, rows, len(groups)), _paragraphs(facts))
 
 
 def outcome(validation: Mapping[str, Any]) -> str:
@@ -43,7 +46,8 @@ def outcome(validation: Mapping[str, Any]) -> str:
     """
     failures = validation["failures"]
     heading = f"{validation['title']}: {'holds' if validation['ok'] else 'DOES NOT HOLD'}"
-    blocks = f"blocks checked: {len(validation['blocks'])}"
+    made = {one["name"]: None for block in validation["blocks"] for one in block["checks"]}
+    blocks = f"blocks checked: {len(validation['blocks'])}; of each: {', '.join(made)}"
     if not failures:
         return joined(tag("p", tag("b", heading)), _paragraphs([blocks, *validation["notes"]]))
     table = _table(heading, ("failed",), ((one,) for one in failures), len(failures))

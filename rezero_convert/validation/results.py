@@ -93,6 +93,10 @@ class Validation:
     def _repr_html_(self) -> str:
         return outcome(self.to_dict())
 
+    def __repr__(self) -> str:
+        wrong = f"{number(len(self.failures), 'failure')} in " if self.failures else "holds, "
+        return f"<Validation of {self.title}: {wrong}{number(len(self.blocks), 'block')}>"
+
     def __str__(self) -> str:
         return plain(self)
 
