@@ -54,11 +54,28 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "BambaConfig": {"attn_layer_indices": [1]},  # both kinds in 2 layers
     "EsmConfig": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},  # defaults to None
     "XmodConfig": {"default_language": "en_XX"},  # else the language must be set on the model
-    "HunYuanDenseV1Config": {"rope_parameters": _ROPE},  # no default
-    "HunYuanMoEV1Config": {"rope_parameters": _ROPE},
-    "MinistralConfig": {"rope_parameters": _ROPE},
+    "HunYuanDenseV1Config": {"rope_parameters": _ROPE, "head_dim": 16},  # no defaults
+    "HunYuanMoEV1Config": {"rope_parameters": _ROPE, "head_dim": 16},
+    "MinistralConfig": {"rope_parameters": _ROPE, "head_dim": 16},
+    "DeepseekV2Config": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_group": 1, "topk_group": 1},  # None
+    "GraniteMoeHybridConfig": {"layer_types": ["mamba", "attention"]},  # both kinds in 2 layers
+    "xLSTMConfig": {"qk_dim_factor": 1.0},  # its states have the shape of the values
+    "PerceiverConfig": {"num_cross_attention_heads": 1, "num_self_attention_heads": 1},  # divide odd widths
+    "Qwen4ExpTextConfig": {  # defaults to None
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+    },
     "NemotronConfig": {"num_key_value_heads": 2},  # None is not replaced
-    "Dots1Config": {"n_routed_experts": 4, "n_group": 1, "topk_group": 1},  # defaults to None
+    "Dots1Config": {  # defaults to None
+        "n_routed_experts": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+    },
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"]},  # defaults to None
     "GPTNeoConfig": {"attention_types": [[["global", "local"], 1]]},  # must add up to the layers
     "Gemma3nTextConfig": {"num_kv_shared_layers": 0},  # of 2 layers none can share
@@ -97,7 +114,7 @@ def attempts(name: str) -> Iterator[Attempt]:
     )  # fmt: skip
     for title, rules, depth in ladder:
         build = lambda r=rules, d=depth: cls._from_config(shrunk(cls.config_class, r, d))  # noqa: E731
-        yield Attempt(build, (_inferred, _required, _all, _stacked), title)
+        yield Attempt(build, (_inferred, _required, _all, _stacked, _still), title)
 
 
 def shrunk(cls: Any, rules: Rules, depth: int, start: Any = None) -> Any:
@@ -172,6 +189,11 @@ def _all(model: Any) -> dict[str, Any]:
 def _stacked(model: Any) -> dict[str, Any]:
     """With frames of audio in stacks of four."""
     return _required(model) | {"input_features": torch.cat([_features(model)] * 4, dim=-1)}
+
+
+def _still(model: Any) -> dict[str, Any]:
+    """A picture where the configuration also tells of films."""
+    return {"inputs": _pixels(model)[:, 0]}
 
 
 def _part(model: Any, *names: str) -> Any:
