@@ -103,7 +103,7 @@ def _formed(site: Site, method: Method, options: Options, k: int, total: int) ->
         skip = replace(skip, scale=Scale(factor=method.skip(k, total)))
     if not method.biases:
         return replace(site, gates=gates, skip_gate=skip)
-    stem = gates[0].alpha.replace("alpha", "bias", 1)
+    stem = gates[0].alpha.replace("alpha", "bias", 1).replace(".", "_")
     shifts = tuple(replace(shift, alpha=f"{stem}_{number}") for number, shift in enumerate(site.shifts, 1))
     scaled = [repair for repair in site.repairs if repair.how == "scaled"]
     layers = len({repair.parameter for repair in scaled}) + 1

@@ -749,13 +749,14 @@ def test_a_graph_of_a_hundred_thousand_nodes_takes_four_times_that_of_a_quarter(
 
 
 def test_the_time_is_proportional_to_the_nodes() -> None:
-    seconds = []
-    for blocks in (10, 100, 400):
+    def seconds(blocks: int) -> float:
         traced = fx.symbolic_trace(stack(depth=blocks, width=2))
         start = time.process_time()
         assert len(rz.audit(traced, torch.randn(1, 8)).plan.converted) == blocks
-        seconds.append(time.process_time() - start)
-    assert seconds[2] < 8 * seconds[1]
+        return time.process_time() - start
+
+    seconds(10)  # imports
+    assert min(seconds(400) for _ in range(3)) < 8 * min(seconds(100) for _ in range(3))
 
 
 @pytest.mark.parametrize("active", [False, True])
@@ -768,3 +769,101 @@ def test_a_sum_made_in_place_is_read_where_the_branch_was(door: str, active: boo
         (alpha,) = (value for _, value in rz.alphas(one))
         nn.init.constant_(alpha, 0.5)
     torch.testing.assert_close(graph(x), live(x))
+
+
+class InALoop(nn.Module):
+    """Adds in its own loops, as fully connected nets are often written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(8) for _ in range(12))
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(12))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            x = x + torch.relu(layer(norm(x)))
+        return x
+
+
+class InLoopsOfLoops(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(nn.ModuleList(nn.Linear(8, 8) for _ in range(depth)) for depth in (2, 1, 3))
+        self.last = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for stage in self.stages:
+            for layer in stage:
+                x = x + torch.relu(layer(x))
+        return x + torch.tanh(self.last(x))
+
+
+class OneByOne(nn.Module):
+    """The same modules without a loop: nothing in the text is a list of gates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + torch.relu(self.layers[0](x))
+        return x + torch.tanh(self.layers[1](x))
+
+
+@pytest.mark.parametrize("door", ["symbolic_trace", "export"])
+@pytest.mark.parametrize("cls", [InALoop, InLoopsOfLoops])
+def test_unrolled_loops_have_lists_of_gates_again(cls: type[nn.Module], door: str) -> None:
+    model, x = cls().eval(), torch.randn(2, 8)
+    module, traced = rz.convert(model, x), DOORS[door](model, x)
+    graph = rz.convert(traced, x)
+    assert {name for name, _ in rz.alphas(graph)} == {name for name, _ in rz.alphas(module)}
+    state = {name: torch.randn_like(value) for name, value in module.state_dict().items()}
+    module.load_state_dict(state)
+    graph.load_state_dict(state)
+    expected = module(x).detach()
+    assert torch.allclose(graph(x), expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+    copied = copy.deepcopy(graph)
+    assert torch.equal(copied(x), graph(x))
+    assert [name for name, _ in rz.alphas(copied)] == [name for name, _ in rz.alphas(graph)]
+    back = rz.unconvert(rz.convert(traced, x, alpha_init="preserve"))
+    assert torch.equal(back(x), traced(x))
+    assert list(back.state_dict()) == list(traced.state_dict())
+
+
+def test_pickles_keep_lists_of_gates() -> None:
+    layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+    graph, x = fx.Graph(), torch.ones(2, 8)
+    value = graph.placeholder("x")
+    for number in range(3):
+        value = graph.call_function(torch.add, (value, graph.call_module(f"layers.{number}", (value,))))
+    graph.output(value)
+    model = rz.convert(fx.GraphModule({f"layers.{n}": one for n, one in enumerate(layers)}, graph), x)
+    again = pickle.loads(pickle.dumps(model))
+    assert [name for name, _ in rz.alphas(again)] == ["alpha.0", "alpha.1", "alpha.2"]
+    assert torch.equal(again(x), x)
+
+
+def test_what_is_written_one_by_one_gets_no_list() -> None:
+    model, x = OneByOne().eval(), torch.randn(2, 8)
+    names = {name for name, _ in rz.alphas(rz.convert(model, x))}
+    assert names == {name for name, _ in rz.alphas(rz.convert(torch.export.export(model, (x,)).module(), x))}
+    assert not any("." in name for name in names)
+
+
+def test_a_list_of_gates_that_cannot_be_finished_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    traced, x = fx.symbolic_trace(InALoop()), torch.randn(2, 8)
+    traced.alpha = nn.Identity()  # its name
+    assert "rezero_alpha.11" in dict(rz.alphas(rz.convert(traced, x)))
+    before, keys = traced(x), list(traced.state_dict())
+    append = nn.ParameterList.append
+
+    def full(self: nn.ParameterList, value: Tensor) -> nn.ParameterList:
+        if len(self) == 3:
+            raise MemoryError("no more")
+        return append(self, value)
+
+    monkeypatch.setattr(nn.ParameterList, "append", full)
+    with pytest.raises(MemoryError):
+        rz.convert(traced, x, inplace=True)
+    assert list(traced.state_dict()) == keys
+    assert torch.equal(traced(x), before)

@@ -124,9 +124,11 @@ def _training(node: fx.Node) -> bool | None:
 
 def _classes(model: nn.Module) -> dict[str, type[nn.Module]]:
     nodes = [node for module in graph_modules(model).values() for node in module.graph.nodes]
-    noted = {cls for node in nodes for _, _, cls in _entries(node)}
-    found = [_class(name) for name in noted]
-    return {cls.__name__: cls for cls in found if cls is not None}
+    noted = {(path, cls) for node in nodes for _, path, cls in _entries(node)}
+    found = [_class(name) for _, name in noted]
+    roots = {cls for path, name in noted if not path and (cls := _class(name)) is not None}
+    classes = {cls.__name__: cls for cls in found if cls is not None}
+    return classes | ({"GraphModule": roots.pop()} if len(roots) == 1 else {})
 
 
 def _is_lifted(node: fx.Node) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -20,7 +21,7 @@ from ..errors import ConversionError
 from ..listing import compact
 from ..methods import applied
 from ..plan import Gate, Norm, Options, Place, Plan, Site, Span
-from . import arms, code, loops, names, norms
+from . import arms, code, loops, names, norms, unrolled
 from .biases import headed
 from .blocks import Block, Nested, Refusal, find, owner_call
 from .drafts import Draft, class_name, is_gated, of_block, relative, request, site_of, unwanted
@@ -305,7 +306,8 @@ def _named(flow: Flow, drafts: list[Draft], others: list[arms.Arm], options: Opt
     """Give the alphas their names, the sites their form; arms that did not run count as adds of their class."""
     requests = [request for draft in drafts for request in draft.requests if request is not None]
     requests += [asked for arm in others for gate in arm.found.gates if (asked := _of_arm(flow, arm, gate))]
-    by_text = {asked: _as_in_text(flow, asked, options) for asked in requests}
+    passes = unrolled.passes(flow, drafts, partial(_may_walk, flow, options))
+    by_text = {asked: _as_in_text(flow, passes.get(asked, (asked,))[0], options) for asked in requests}
     chosen = names.alphas(
         by_text.values(),
         shared=options.share == "layer",
@@ -313,7 +315,7 @@ def _named(flow: Flow, drafts: list[Draft], others: list[arms.Arm], options: Opt
         taken=_taken(flow, drafts),
         several=cache(partial(_holds_several, flow, drafts, options)),
     )
-    given = {asked: chosen[named] for asked, named in by_text.items()}
+    given = {asked: ".".join((chosen[named], *passes.get(asked, ())[1:])) for asked, named in by_text.items()}
     sites = []
     for draft in drafts:
         made = (
@@ -342,18 +344,34 @@ def _holds_several(flow: Flow, drafts: list[Draft], options: Options, name: str)
 
     Instances may have run different arms: that shows in the kinds of their skips. Others may not have run at all.
     """
+    text = _text_of(flow, name)
+    if text is None:
+        return False
+    file, definition, qualname = text
+    kinds = {draft.site.skip_kind for draft in drafts if draft.site.cls == name and draft.site.gates}
+    if len(kinds) > 1 and sum(not code.adds_number(span) for span in adds(file, definition)) > 1:
+        return True
+    return len({gate.at for site in _static(options, file, qualname) for gate in site.gates}) > 1
+
+
+def _may_walk(flow: Flow, options: Options, name: str, child: str) -> bool:
+    """Whether the text of a class gates what it adds in a loop over a child; true where its text is not known."""
+    text = _text_of(flow, name)
+    if text is None:
+        return True
+    file, _, qualname = text
+    return any(gate.loops and gate.child == child for site in _static(options, file, qualname) for gate in site.gates)
+
+
+def _text_of(flow: Flow, name: str) -> tuple[str, ast.ClassDef, str] | None:
+    """File, definition and qualified name of a class that generated code came from."""
     cls: Any = flow.trace.classes.get(name)
     try:
         file = inspect.getsourcefile(cls) if cls is not None else None
         definition = sources.class_of(file, cls.__qualname__) if file is not None else None
     except (TypeError, ConversionError):  # a class without a file, or a file without a text
-        return False
-    if file is None or definition is None:
-        return False
-    kinds = {draft.site.skip_kind for draft in drafts if draft.site.cls == name and draft.site.gates}
-    if len(kinds) > 1 and sum(not code.adds_number(span) for span in adds(file, definition)) > 1:
-        return True
-    return len({gate.at for site in _static(options, file, cls.__qualname__) for gate in site.gates}) > 1
+        return None
+    return None if file is None or definition is None else (file, definition, cls.__qualname__)
 
 
 def _as_in_text(flow: Flow, asked: names.Request, options: Options) -> names.Request:

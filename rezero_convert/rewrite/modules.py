@@ -172,26 +172,45 @@ def _place_gate(undo: ExitStack, model: nn.Module, owner: nn.Module, path: str, 
             fill(undo, parameter, gate.init)
             note(undo, owner, Overwritten(gate.alpha, "gate", gate.init))
     else:
-        if hasattr(owner, gate.alpha):
-            raise ConversionError(f"{path}: the name {gate.alpha!r} of the new alpha is taken")
+        head, *within = gate.alpha.split(".")
+        begun = within and any(
+            isinstance(one, Added) and one.name == head for one in owner.__dict__.get("rezero_undo", ())
+        )
+        if hasattr(owner, head) and not begun:
+            raise ConversionError(f"{path}: the name {head!r} of the new alpha is taken")
         like = next(itertools.chain(floats(owner), floats(model), [torch.empty(0)]))
         init = 1.0 if preserve or gate.init is None else gate.init
         made = [
             nn.Parameter(torch.full(gate.shape, init, dtype=like.dtype, device=like.device), gate.trainable)
             for _ in gate.parameters()
         ]
-        if not gate.loops:
+        if within:
+            _append(undo, owner, gate.alpha, made[0])
+        elif not gate.loops:
             put(undo, owner._parameters, gate.alpha, made[0])
         else:
             paths = [member.split(".") for member in gate.members]
             put(undo, owner._modules, gate.alpha, _nested(paths, made).train(owner.training))
-        note(undo, owner, Added(gate.alpha, init))
+        if not begun:
+            note(undo, owner, Added(head, init))
     if gate.scale.map == "shift":
         return
     names: tuple[str, ...] = owner.__dict__.get("rezero_gates", ())
     new = tuple(name for name in gate.parameters() if name not in names)
     if new:
         put(undo, owner.__dict__, "rezero_gates", (*names, *new))
+
+
+def _append(undo: ExitStack, owner: nn.Module, path: str, parameter: nn.Parameter) -> None:
+    """Put a parameter at the end of a list, made with the lists above it where it is the first in them."""
+    *lists, _ = path.split(".")
+    for depth, name in enumerate(lists, 1):
+        if name not in owner._modules:
+            made = nn.ParameterList() if depth == len(lists) else nn.ModuleList()
+            put(undo, owner._modules, name, made.train(owner.training))
+        owner = owner.get_submodule(name)
+    assert isinstance(owner, nn.ParameterList)
+    owner.append(parameter)
 
 
 def _nested(paths: list[list[str]], parameters: list[nn.Parameter]) -> nn.Module:
