@@ -9,7 +9,7 @@ import sys
 import tokenize
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -18,6 +18,8 @@ from .plan import Place, Span
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 _caches: list[Any] = []
+_by_file: list[dict[str, Any]] = []
+_stores: list[dict[Any, Any]] = []
 _stand_ins: dict[str, str] = {}
 
 FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
@@ -31,7 +33,7 @@ def register(file: str, text: str) -> None:
     before = linecache.getlines(file)
     linecache.cache[file] = (len(text), None, rows, file)
     if before and before != rows:
-        forget()
+        forget(file)
 
 
 @contextmanager
@@ -47,7 +49,7 @@ def registered(file: str, text: str) -> Iterator[None]:
         if before is not None:
             linecache.cache[file] = before
         if linecache.getlines(file) != here:
-            forget()
+            forget(file)
 
 
 def stand_in(file: str, text: str, of: str) -> None:
@@ -61,16 +63,41 @@ def stands_for(file: str) -> str | None:
     return _stand_ins.get(file)
 
 
-def forget() -> None:
-    """Drop everything remembered of texts."""
+def forget(file: str | None = None) -> None:
+    """Drop what is remembered of the text of `file`, of all texts if None, and what may depend on it."""
     for cache in _caches:
         cache.cache_clear()
+    for store in _stores:
+        store.clear()
+    for known in _by_file:
+        for changed in [file] if file is not None else [*known]:
+            known.pop(changed, None)
 
 
 def cached(function: _Function) -> _Function:
     """Remembers results that depend on source texts, until one of these changes."""
     remembering = lru_cache(maxsize=8192)(function)
     _caches.append(remembering)
+    return cast("_Function", remembering)
+
+
+def emptied(store: dict[Any, Any]) -> dict[Any, Any]:
+    """`store`, which is emptied whenever a text changes."""
+    _stores.append(store)
+    return store
+
+
+def cached_by_file(function: _Function) -> _Function:
+    """Remembers what depends on the text of one file alone, until that changes."""
+    known: dict[str, Any] = {}
+    _by_file.append(known)
+
+    @wraps(function)
+    def remembering(file: str) -> Any:
+        if file not in known:
+            known[file] = function(file)
+        return known[file]
+
     return cast("_Function", remembering)
 
 
@@ -100,7 +127,7 @@ def _imported_lines(file: str) -> list[str]:
     return []
 
 
-@cached
+@cached_by_file
 def has_text(file: str) -> bool:
     """Whether the text of `file` can be had, and is Python."""
     try:
@@ -110,13 +137,13 @@ def has_text(file: str) -> bool:
     return True
 
 
-@cached
+@cached_by_file
 def lines(file: str) -> tuple[str, ...]:
     """The lines of `file` with their ends. Only "\\n" ends a line here, as for Python's own line numbers."""
     return tuple(line + "\n" for line in text(file).split("\n"))
 
 
-@cached
+@cached_by_file
 def tree(file: str) -> ast.Module:
     """The parsed file.
 
@@ -129,6 +156,12 @@ def tree(file: str) -> ast.Module:
         line = getattr(error, "lineno", None)
         where = f"{file}:{line}" if line else file
         raise ConversionError(f"{where}: syntax error: {getattr(error, 'msg', error)}") from error
+
+
+@cached_by_file
+def nodes(file: str) -> tuple[ast.AST, ...]:
+    """Every node of a parsed file, outer ones first."""
+    return tuple(ast.walk(tree(file)))
 
 
 def segment(span: Span) -> str:
@@ -202,18 +235,18 @@ def _attribute_on(call: ast.Call, line: int) -> bool:
     return isinstance(call.func, ast.Attribute) and call.func.end_lineno == line
 
 
-@cached
+@cached_by_file
 def _ends(file: str) -> dict[tuple[int, int], list[ast.expr | ast.stmt]]:
     """Expressions and augmented assignments by end position, outermost first."""
     index: dict[tuple[int, int], list[ast.expr | ast.stmt]] = {}
-    for node in ast.walk(tree(file)):
+    for node in nodes(file):
         if isinstance(node, (ast.expr, ast.AugAssign)):
             index.setdefault((node.end_lineno or 0, node.end_col_offset or 0), []).append(node)
     return index
 
 
-@cached
+@cached_by_file
 def _functions(file: str) -> tuple[FunctionNode, ...]:
     return tuple(
-        node for node in ast.walk(tree(file)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        node for node in nodes(file) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
     )

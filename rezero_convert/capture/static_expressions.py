@@ -26,6 +26,7 @@ from .static_values import (
     Builtin,
     Closure,
     Const,
+    Instance,
     Module,
     Object,
     Partial,
@@ -35,6 +36,7 @@ from .static_values import (
     Value,
     emit,
     is_absent,
+    is_callable,
     join,
     join_all,
     nodes_of,
@@ -190,7 +192,11 @@ def _compare(node: ast.Compare, scope: Scope) -> Value:
 def _boolop(node: ast.BoolOp, scope: Scope) -> Value:
     if scope.state.exact:
         return _short_circuit(node, scope)
-    values = [evaluate(value, scope) for value in node.values]
+    values = []
+    for part in node.values:
+        values.append(evaluate(part, scope))
+        if isinstance(node.op, ast.Or) and is_callable(values[-1]) and not isinstance(values[-1], (Module, Instance)):
+            break  # a class or function is true
     if isinstance(node.op, ast.And):
         return values[-1] if not isinstance(values[-1], Const) else DATA
     present = [value for value in values if not is_absent(value) and not _is_false(value)]

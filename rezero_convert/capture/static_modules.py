@@ -55,7 +55,7 @@ from .static_values import (
 )
 from .trace import Call, origin
 
-_shared: dict[Any, dict[str, Value]] = {}
+_shared: dict[Any, dict[str, Value]] = sources.emptied({})
 
 _pending: set[int] = set()
 

@@ -117,7 +117,7 @@ class Index:
     cache: dict[str, Reference | None]
 
 
-_indices: dict[str, Index] = {}
+_indices: dict[str, Index] = sources.emptied({})
 
 
 def index(file: str) -> Index | None:

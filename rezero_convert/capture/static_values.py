@@ -499,9 +499,11 @@ def _join_modules(a: Value | None, b: Value | None) -> Value:
     if isinstance(b, Module):
         if a.role == "list" and b.role == "list" and (not a.elements or not b.elements):
             return a if a.elements else b
+        if a.role == b.role == "sequential" and a.attributes is b.attributes:
+            return _grown(*sorted((a, b), key=lambda module: len(module.elements)))
         if is_identity(a) != is_identity(b):
             return dataclasses.replace(optionally(b if is_identity(a) else a), bypassed=True)
-        kept = b if a.role == "opaque" else a
+        kept = b if a.role == "opaque" or (a.role == "class" and _is_linear(b)) else a
         if a.bypassed or b.bypassed:
             return dataclasses.replace(optionally(kept), bypassed=True)
         return optionally(kept) if a.optional or b.optional else kept
@@ -510,6 +512,18 @@ def _join_modules(a: Value | None, b: Value | None) -> Value:
             return UNKNOWN
         return optionally(a)
     return a
+
+
+def _grown(shorter: Module, longer: Module) -> Module:
+    """A container that was added to under a condition."""
+    more = longer.elements[len(shorter.elements) :]
+    added = ((name, optionally(value) if isinstance(value, Module) else value) for name, value in more)
+    return dataclasses.replace(longer, elements=(*shorter.elements, *added))
+
+
+def _is_linear(module: Module) -> bool:
+    """Whether it is a layer of torch's with a weight: one that others, that a factory makes at times, stand in for."""
+    return module.role == "leaf" and module.facts.kind == "linear"
 
 
 def _join_tensor(a: Value, b: Value, scope: Scope, at: ast.expr | ast.stmt) -> Value:

@@ -259,6 +259,8 @@ def _origins(flow: Flow, value: int, owner: Call) -> Iterator[tuple[int, tuple[i
         if source is None:
             return
         path = (*path, value)
+        if flow.name(value) == "choice" and source not in _arms(flow, value):
+            path += flow.inputs[value]  # a projection in every arm
         if flow.name(source) not in _SPLITS:  # a tuple of values, not one
             yield source, path
         if flow.nodes[source] in owner.inputs:
@@ -271,8 +273,7 @@ def _linear_source(flow: Flow, node: int) -> int | None:
     sources = [source for source in flow.inputs[node] if not flow.constant[source]]
     name = flow.name(node)
     if name == "choice" and sources:  # `x` in one arm, `downsample(x)` in the other
-        first = min(sources)
-        return first if all(source == first or _leads_to(flow, source, first) for source in sources) else None
+        return _common_source(flow, sources)
     if name == "cat" and len(sources) > 1:  # a pooled grid beside its class token
         return _parted_from(flow, sources)
     if len(sources) != 1 or flow.constant[node]:
@@ -282,31 +283,45 @@ def _linear_source(flow: Flow, node: int) -> int | None:
     return sources[0] if facts.kind in _LINEAR_KINDS or scaled else None
 
 
-def _parted_from(flow: Flow, nodes: list[int]) -> int | None:
-    """The last value that all of several are parts of, be they pooled."""
-    first, *others = ([node, *_carried(flow, node, pooled=True)] for node in nodes)
-    return next((node for node in first if all(node in other for other in others)), None)
-
-
-def _carried(flow: Flow, node: int, *, pooled: bool = False) -> Iterator[int]:
-    """The values that `node` is a part or another layout of, be it pooled; last first."""
-    while len(flow.inputs[node]) == 1:
-        kind = flow.facts[node].kind
-        if kind != "layout" and not (pooled and (kind == "pool" or flow.name(node) in _REDUCTIONS)):
-            return
+def _carried(flow: Flow, node: int) -> Iterator[int]:
+    """The values that `node` is a part or another layout of; last first."""
+    while len(flow.inputs[node]) == 1 and flow.facts[node].kind == "layout":
         node = flow.inputs[node][0]
         yield node
 
 
-def _leads_to(flow: Flow, node: int, target: int) -> bool:
-    """Whether one arm of a choice is a shortcut's projection of the other, be it by a module of unknown class."""
-    if flow.name(node) == "choice":
-        return all(arm == target or _leads_to(flow, arm, target) for arm in flow.inputs[node])
-    unknown = flow.nodes[node].op == "call_module" and flow.facts[node].kind == "other" and len(flow.inputs[node]) == 1
-    found: int | None = flow.inputs[node][0] if unknown else node
-    while found is not None and found > target:
-        found = _linear_source(flow, found)
-    return found == target
+def _parted_from(flow: Flow, nodes: list[int]) -> int | None:
+    """The last value that all of several are parts of, be they pooled."""
+
+    def step(node: int) -> int | None:
+        moved = flow.facts[node].kind in ("layout", "pool") or flow.name(node) in _REDUCTIONS
+        return flow.inputs[node][0] if moved and len(flow.inputs[node]) == 1 else None
+
+    return _met(flow, nodes, step)
+
+
+def _common_source(flow: Flow, arms: list[int]) -> int | None:
+    """The last value that all arms of a choice are linear functions of, be one by a module of unknown class."""
+    ends = {end for arm in arms for end in _arms(flow, arm)}
+
+    def step(node: int) -> int | None:
+        unknown = node in ends and flow.nodes[node].op == "call_module" and flow.facts[node].kind == "other"
+        return flow.inputs[node][0] if unknown and len(flow.inputs[node]) == 1 else _linear_source(flow, node)
+
+    return _met(flow, arms, step)
+
+
+def _met(flow: Flow, nodes: list[int], step: Callable[[int], int | None]) -> int | None:
+    """The value that all of several come from, step by step and whichever arm is taken; None if they do not meet."""
+    heads = set(nodes)
+    while len(heads) > 1:
+        node = max(heads)
+        heads.remove(node)
+        sources = flow.inputs[node] if flow.name(node) == "choice" else (step(node),)
+        if None in sources:
+            return None
+        heads.update(source for source in sources if source is not None)
+    return heads.pop()
 
 
 def _judge(
@@ -531,9 +546,10 @@ def _is_part_of(flow: Flow, node: int, end: int) -> bool:
 
 
 def _is_upsampling(flow: Flow, node: int) -> bool:
+    """Whether a node makes its input larger, in all instances of its class."""
     name = flow.name(node)
     repeats = ("ConvTranspose", "conv_transpose", "repeat_interleave")
-    return flow.facts[node].kind == "upsample" or name.startswith(repeats)
+    return not flow.facts[node].optional and (flow.facts[node].kind == "upsample" or name.startswith(repeats))
 
 
 def has_weight(flow: Flow, node: int) -> bool:
@@ -631,8 +647,8 @@ def _is_carried_by(flow: Flow, node: int, user: int, start: int, wholes: frozens
     """Whether `user` passes on a stream: moves or scales it, adds to it what is computed from it (from `start` on), or
     joins it with other parts of the same whole, be it by writing it back, `x[i] = x[i] + f(x[i])`."""
     others = [source for source in flow.inputs[user] if source != node and not flow.constant[source]]
-    if flow.name(user) == "choice":  # of the sum and what there is without it
-        return all(flow.reaches(start, other) for other in others)
+    if flow.name(user) == "choice":  # of the sum and what there is without it, or another sum
+        return all(flow.reaches(start, other) or operands(flow, other) for other in others)
     if flow.name(user) == "cat":
         return any(not wholes.isdisjoint(_carried(flow, other)) for other in others)
     if flow.name(user) == "setitem" and flow.nodes[user].args[-1] is flow.nodes[node]:

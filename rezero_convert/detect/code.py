@@ -352,7 +352,7 @@ def _is_store(node: ast.Attribute | ast.Name) -> bool:
     return isinstance(node.ctx, ast.Store)
 
 
-@sources.cached
+@sources.cached_by_file
 def zeroed(file: str) -> frozenset[str]:
     """What initialisers in a file fill with zeros, as paths on some module.
 

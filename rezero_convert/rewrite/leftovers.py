@@ -21,10 +21,10 @@ def leftovers(before: Source, now: Source) -> list[str]:
 
 
 def _unused(source: Source) -> dict[tuple[str, str, str], tuple[int, str]]:
-    loads = {n.id for n in ast.walk(source.tree) if isinstance(n, ast.Name) and isinstance(n.ctx, (ast.Load, ast.Del))}
+    loads = {n.id for n in source.nodes if isinstance(n, ast.Name) and isinstance(n.ctx, (ast.Load, ast.Del))}
     loads |= {
         str(n.value)
-        for n in ast.walk(source.tree)
+        for n in source.nodes
         if isinstance(n, ast.Constant) and isinstance(n.value, str) and n.value.isidentifier()
     }
     found: dict[tuple[str, str, str], tuple[int, str]] = {}
@@ -38,7 +38,8 @@ def _unused(source: Source) -> dict[tuple[str, str, str], tuple[int, str]]:
             kind = "class" if isinstance(stmt, ast.ClassDef) else "function"
             found["definition", "", stmt.name] = (stmt.lineno, f"{kind} `{stmt.name}`")
     for owner, function in _all_functions(source):
-        read = {n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, (ast.Load, ast.Del))}
+        names = [node for node in ast.walk(function) if isinstance(node, ast.Name)]
+        read = {node.id for node in names if isinstance(node.ctx, (ast.Load, ast.Del))}
         arguments = function.args
         named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
         named = [argument for argument in named if argument.arg != self_name(function)]
@@ -46,8 +47,8 @@ def _unused(source: Source) -> dict[tuple[str, str, str], tuple[int, str]]:
             if argument.arg not in read:
                 what = f"argument `{argument.arg}` of `{owner}`"
                 found["argument", owner, argument.arg] = (argument.lineno, what)
-        for node in ast.walk(function):
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id not in read:
+        for node in names:
+            if isinstance(node.ctx, ast.Store) and node.id not in read:
                 found.setdefault(("variable", owner, node.id), (node.lineno, f"variable `{node.id}` in `{owner}`"))
     return found
 

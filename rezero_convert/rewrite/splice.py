@@ -32,6 +32,8 @@ class Source:
     rows: tuple[str, ...]
     starts: tuple[int, ...]
     tree: ast.Module
+    nodes: tuple[ast.AST, ...]
+    """Of the tree, outer ones first."""
     classes: tuple[ast.ClassDef, ...]
     """In the order of the text."""
 
@@ -79,8 +81,9 @@ def parse(text: str, file: str) -> Source:
     starts = [0]
     for row in rows:
         starts.append(starts[-1] + len(row))
-    classes = sorted((n for n in ast.walk(tree) if isinstance(n, ast.ClassDef)), key=lambda n: (n.lineno, n.col_offset))
-    return Source(file, text, rows, tuple(starts[:-1]), tree, tuple(classes))
+    nodes = tuple(ast.walk(tree))
+    classes = sorted((n for n in nodes if isinstance(n, ast.ClassDef)), key=lambda n: (n.lineno, n.col_offset))
+    return Source(file, text, rows, tuple(starts[:-1]), tree, nodes, tuple(classes))
 
 
 _ODD_ENDS = re.compile("[\v\f\x1c-\x1e]")
