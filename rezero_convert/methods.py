@@ -1,5 +1,7 @@
 """ReZero and its relatives as data: what a block `S(x) + F(x)` becomes, `s * S(x) + c * g(alpha) * F(x)`.
 
+The placements have no gate: they move the norm that a block has.
+
 One record a method. `options` takes its defaults from here, detection asks what the form needs of a block, `applied`
 enters start values and factors into the sites; the rewriters know the form only (`plan.Scale`). Sources are named at
 each; k counts the gated sums from 1 in the order in which they run, L is the number of gated branches.
@@ -12,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from .plan import NORM_KINDS, Gate, NormKind, Options, Scale, Site
+from .plan import NORM_KINDS, Gate, NormKind, Options, Position, Scale, Site
 
 Granularity = Literal["scalar", "channel"]
 
@@ -40,6 +42,8 @@ class Method:
     """No new gate: the weight of the branch's last norm is the gate."""
     drop_norm: tuple[NormKind, ...] = ()
     activation: Literal["branch", "keep"] = "keep"
+    placement: Position | None = None
+    """No gate: the one norm of a block is moved there."""
 
     @property
     def plain(self) -> bool:
@@ -49,7 +53,7 @@ class Method:
     @property
     def preserves(self) -> bool:
         """Whether a block computes what it did before at a gate of 1."""
-        return self.factor is None and self.skip == "one" and not (self.norm_gate or self.biases)
+        return self.factor is None and self.skip == "one" and not (self.norm_gate or self.biases or self.placement)
 
     @property
     def by_site(self) -> bool:
@@ -182,14 +186,13 @@ METHODS: dict[str, Method] = {
         skip=lambda k, branches: math.sqrt((k + branches - 1) / (k + branches)),
         drop_norm=NORM_KINDS,
     ),
+    "pre-norm": Method("x + F(N(x))", "Bachlechner et al., Table 1", placement="pre"),
+    "post-norm": Method("N(x + F(x))", "the same; Vaswani et al. 2017", placement="post"),
+    "gpt2-norm": Method("x + N(F(x))", "the name is that of Bachlechner et al., Table 3", placement="end"),
 }
 """By name, as `method=` takes it."""
 
-_MOVED = "a norm would have to move into or out of the branch; `drop_norm` takes norms out where they are"
 UNWRITTEN: dict[str, str] = {
     "highway": "its gate is computed from the input by a layer of its own, not by a parameter",
-    "pre-norm": _MOVED,
-    "post-norm": _MOVED,
-    "gpt2-norm": _MOVED,
 }
 """Relatives that no edit here makes, and why."""

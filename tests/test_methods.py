@@ -121,10 +121,9 @@ def gradients(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 # What is refused
 
 
-@pytest.mark.parametrize("method", ["highway", "post-norm"])
-def test_a_method_that_cannot_be_written_is_refused_with_the_reason(method: str) -> None:
-    with pytest.raises(rz.ConversionError, match=f"method '{method}' cannot be written as yet: "):
-        rz.convert(nn.Linear(2, 2), torch.randn(1, 2), method=method)
+def test_a_method_that_cannot_be_written_is_refused_with_the_reason() -> None:
+    with pytest.raises(rz.ConversionError, match="method 'highway' cannot be written as yet: "):
+        rz.convert(nn.Linear(2, 2), torch.randn(1, 2), method="highway")
 
 
 @pytest.mark.parametrize("method", ["rescalenet", "gated-authors"])
@@ -381,7 +380,7 @@ def test_zero_gamma_shuts_a_trained_norm_and_needs_one() -> None:
     assert any("convert the model in memory" in site.reason for site in report.plan.sites)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if not METHODS[name].placement])
 def test_a_resnet_of_56_layers(method: str) -> None:
     model = relatives.ResNet(9)  # 27 blocks of two convolutions, stem and head
     x = torch.randn(2, 3, 8, 8)

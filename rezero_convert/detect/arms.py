@@ -80,6 +80,8 @@ def as_site(arm: Arm, gone: frozenset[str], alphas: tuple[str, ...]) -> Site:
     found = replace(
         arm.found, verdict="not-executed", code="RZ140", path=arm.path, cls=arm.cls, place=arm.place, calls=0
     )
+    if found.move is not None:
+        return _replaced(found, arm)
     if arm.twin is None and len(alphas) == len(found.gates) and _is_for_training(arm):
         reason = "runs in training only: read from the text, its norms kept"
         gates = tuple(
@@ -101,6 +103,17 @@ def as_site(arm: Arm, gone: frozenset[str], alphas: tuple[str, ...]) -> Site:
     if arm.twin.shifts:  # the layers before the arms have them already
         found = replace(found, shifts=())
     return replace(found, gates=gates, skip_gate=skip, norms=own, activation=activation, reason=reason, repairs=())
+
+
+def _replaced(found: Site, arm: Arm) -> Site:
+    """The finding of a method that moves norms: in the text of a twin, as the text says."""
+    move = found.move if arm.twin is not None else None
+    if move is None:
+        reason = "a residual add on a path that did not run: pass inputs that run it"
+    else:
+        reason = "on a path that did not run, beside one that did: its norm moves, too"
+        move = replace(move, at=_at(move.at, arm.place), to=tuple(_at(at, arm.place) for at in move.to))
+    return replace(found, reason=reason, move=move, norms=(), activation=None)
 
 
 def _is_for_training(arm: Arm) -> bool:

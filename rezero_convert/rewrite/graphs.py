@@ -18,7 +18,7 @@ from .. import sources
 from ..capture.facts import of_function, operation
 from ..capture.graphs import graph_modules, text_of
 from ..errors import ConversionError
-from ..plan import Gate, Norm, Operand, Place, Scale, Site, SkipGate
+from ..plan import WHOLE, Gate, Move, Norm, Operand, Place, Scale, Site, SkipGate
 from .changes import RECORDS
 
 Home = Callable[[Place, str], str | None]
@@ -84,6 +84,8 @@ class _Editor:
                 self.shift(site, shift)
             if site.skip_gate is not None:
                 self.skip(site, site.skip_gate)
+            if site.move is not None:
+                self.move(site.move)
             if site.activation is not None and site.activation.action == "move":
                 self.drop(self.node(site.activation.at), self.value(site.activation.at))
         for norm in dict.fromkeys(norm for site in sites for norm in site.norms):
@@ -145,12 +147,30 @@ class _Editor:
 
         def copied(node: fx.Node) -> Any:
             if node not in copies:
-                for source in node.all_input_nodes if node > whole else ():
+                anew = node > whole or node.op == "get_attr"
+                for source in node.all_input_nodes if anew else ():
                     copied(source)
-                copies[node] = self.graph.node_copy(node, copies.__getitem__) if node > whole else node
+                copies[node] = self.graph.node_copy(node, copies.__getitem__) if anew else node
             return copies[node]
 
         return copied(active)
+
+    def move(self, move: Move) -> None:
+        """Normalize something else: the result of a node, or what one or several nodes read."""
+        norm, entry = self.node(move.at), self.value(move.at)
+        places = [self.node(at) for at in move.to]
+        first = min(places)
+        if move.to[0].index == WHOLE:
+            readers = list(first.users)
+            with self.graph.inserting_before(first.next):
+                made = self.applied(norm, entry, first)
+            first.replace_all_uses_with(made, delete_user_cb=readers.__contains__)
+        else:
+            with self.graph.inserting_before(first):
+                made = self.applied(norm, entry, self.value(move.to[0]))
+            for node, at in zip(places, move.to, strict=True):
+                self.update(node, at, made)
+        self.drop(norm, entry)
 
     def skip(self, site: Site, gate: SkipGate) -> None:
         """Scale the skip, by a constant or by what a gate leaves."""
