@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import Any, Literal, cast
 
 from .errors import ConversionError
-from .methods import METHODS, UNWRITTEN
+from .methods import METHODS
 from .plan import NORM_KINDS, NormKind, Options
 
 
@@ -27,8 +27,6 @@ def options(**given: Any) -> Options:
         if name not in names:
             raise ConversionError(unknown("option", name, names))
     given = {name: value for name, value in given.items() if value is not None}
-    if given.get("method") in UNWRITTEN:
-        raise ConversionError(f"method {given['method']!r} cannot be written as yet: {UNWRITTEN[given['method']]}")
     name = _one_of("method", given.get("method", "rezero"), tuple(METHODS))
     method = METHODS[name]
     start = None if callable(method.init) else method.init
@@ -46,6 +44,8 @@ def options(**given: Any) -> Options:
     activation = given.get("activation", "keep" if preserve else method.activation)
     activation = _one_of("activation", activation, ("branch", "keep"))
     granularity = _one_of("granularity", given.get("granularity", method.granularity), ("scalar", "channel"))
+    if method.map == "carry" and granularity != "channel":
+        raise ConversionError(f"method {name!r} has a gate for each channel: no granularity {granularity!r}")
     share = _one_of("share", given.get("share", "branch"), ("branch", "layer"))
     return Options(
         method=name,

@@ -107,8 +107,9 @@ class Loop:
 class Scale:
     """How an alpha scales an operand: `factor * map(alpha)`."""
 
-    map: Literal["", "relu", "complement", "shift"] = ""
-    """complement: 1 - alpha. shift: no factor, added to the operand."""
+    map: Literal["", "relu", "complement", "shift", "carry"] = ""
+    """complement: 1 - alpha. shift: no factor, added to the operand. carry: alpha is a layer, of which
+    sigmoid(alpha(x)) scales the operand less the skip x."""
     factor: float = 1.0
     trailing: int = 0
     """How many dimensions of the operand follow that of the channels, for an alpha of shape (C,)."""
@@ -149,6 +150,8 @@ class Gate:
     `ModuleList` of such lists."""
     scale: Scale = Scale()
     trainable: bool = True
+    carries: Operand | None = None
+    """The skip, where the gate is computed from it and takes its part from the branch (highway)."""
     size: str = ""
     """What of the owner tells the number of channels, as written below `self`: "conv2.out_channels"."""
     members: tuple[str, ...] = ()
@@ -156,7 +159,9 @@ class Gate:
     are not known (static route)."""
 
     def parameters(self) -> tuple[str, ...]:
-        """The gate's parameters by their paths from the owner."""
+        """The gate's parameters by their paths from the owner; a gate that is computed has none of its own."""
+        if self.carries is not None:
+            return ()
         return tuple(f"{self.alpha}.{member}" for member in self.members) if self.loops else (self.alpha,)
 
 

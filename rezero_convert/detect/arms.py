@@ -85,7 +85,7 @@ def as_site(arm: Arm, gone: frozenset[str], alphas: tuple[str, ...]) -> Site:
     if arm.twin is None and len(alphas) == len(found.gates) and _is_for_training(arm):
         reason = "runs in training only: read from the text, its norms kept"
         gates = tuple(
-            replace(gate, at=_at(gate.at, arm.place), alpha=alpha)
+            replace(_moved(gate, gate, arm), alpha=alpha)
             for gate, alpha in zip(found.gates, alphas, strict=True)
             if gate.at is not None
         )
@@ -137,7 +137,8 @@ def norms(arm: Arm) -> tuple[Norm, ...]:
 
 
 def _moved(gate: Gate, other: Gate, arm: Arm) -> Gate:
-    return replace(other, at=_at(gate.at, arm.place) if gate.at is not None else None, branch=gate.branch)
+    at, carries = (_at(one, arm.place) if one is not None else None for one in (gate.at, gate.carries))
+    return replace(other, at=at, branch=gate.branch, carries=carries)
 
 
 def _placed(norm: Norm, arm: Arm) -> Norm:

@@ -10,7 +10,7 @@ from torch import fx, nn
 from ..capture.trace import Frame
 from ..methods import METHODS, Method
 from ..plan import Activation, Gate, Operand, Options, Repair, Scale, Site, SkipGate, Span, Verdict
-from . import code, gates, helpers, names, norms
+from . import carries, code, gates, helpers, names, norms
 from .biases import biases
 from .blocks import Block, Branch, describe, has_weight, owner_call
 from .channels import channels
@@ -59,14 +59,15 @@ def of_block(flow: Flow, block: Block, options: Options) -> Draft:
     repairs: list[Repair] = []
     for branch in block.branches:
         found = gates.last_norm(flow, branch) if method.norm_gate else gates.existing(flow, branch)
-        settled = _present(flow, site, found)
+        settled = _carried(flow, block, site) if method.map == "carry" else None
+        settled = settled or _present(flow, site, found)
         if settled is not None:
             return Draft(block, replace(settled, skip_gate=None))
         problem = _unformed(flow, branch, site, found, options)
         if problem is not None:
             return Draft(block, replace(site, verdict="refused", code="RZ919", reason=problem, skip_gate=None))
         gate, repair, last = _gate(flow, branch, site, operands[branch.term], found, moved, options)
-        made.append(gate)
+        made.append(replace(gate, carries=operands[block.shortcut]) if method.map == "carry" else gate)
         weights.append(last)
         requests.append(None if gate.existing else request(flow, site, operands[branch.term], gate.child))
         repairs += repair
@@ -236,6 +237,13 @@ def _present(flow: Flow, site: Site, found: gates.Found | None) -> Site | None:
     return None
 
 
+def _carried(flow: Flow, block: Block, site: Site) -> Site | None:
+    layer = carries.layer(flow, block)
+    if layer is None:
+        return None
+    return replace(site, verdict="gated", code="RZ120", reason=f"its gate is computed from the skip by {layer}")
+
+
 def _gate(
     flow: Flow, branch: Branch, site: Site, at: Operand, found: gates.Found | None, moved: bool, options: Options
 ) -> tuple[Gate, list[Repair], str]:
@@ -269,6 +277,8 @@ def _norm_bias(flow: Flow, found: gates.Found) -> list[Repair]:
 
 def _skip_gate(flow: Flow, block: Block, operands: dict[Term, Operand], method: Method) -> SkipGate | str | None:
     """What a factor of the skip goes on, if the method has one; or why there is no one place for it."""
+    if method.map == "carry":
+        return carries.problem(flow, block, operands)
     if method.biases and len(block.branches) > 1:
         return "several branches are added to one skip, and the method is defined for one"
     if method.skip == "one":
@@ -295,6 +305,8 @@ def _unformed(flow: Flow, branch: Branch, site: Site, found: gates.Found | None,
         made = channels(flow, branch)
         if isinstance(made, str) and flow.trace.model is not None:
             return f"a gate for each channel: {made}"
+        if METHODS[options.method].map == "carry" and not isinstance(made, str):
+            return carries.unread(flow, branch, made.trailing)
     return None
 
 

@@ -38,7 +38,7 @@ def moved(flow: Flow, draft: Draft, target: Position) -> Draft:
         return draft
     if [member.position for member in draft.members] == [target]:
         reason = f"its norm stands {_NAMES[target]} already"
-        return replace(draft, site=replace(site, verdict="gated", code="RZ122", reason=reason))
+        return Draft(draft.block, replace(site, verdict="gated", code="RZ122", reason=reason))
     try:
         move = _move(flow, draft, target)
     except _Fixed as error:

@@ -137,9 +137,23 @@ class _Editor:
             scaled = branch
             if moved is not None:
                 scaled = self.applied(self.node(moved.at), self.value(moved.at), branch)
-            if not gate.existing:
+            if gate.carries is not None:
+                scaled = self.carried(node, scaled, self.value(gate.carries), self.parameter(site, gate.alpha))
+            elif not gate.existing:
                 scaled = self.scaled(node, scaled, self.parameter(site, gate.alpha), gate.scale)
         self.update(node, at, scaled)
+
+    def carried(self, node: fx.Node, branch: Any, skip: fx.Node, layer: str) -> fx.Node:
+        """`sigmoid(layer(skip)) * (branch - skip)`; `node` is the sum."""
+        ops, aten = torch.ops.aten, isinstance(node.target, OpOverload)
+        computed = self.graph.create_node("call_module", layer, (skip,))
+        gate = self.graph.call_function(ops.sigmoid.default if aten else torch.sigmoid, (computed,))
+        less = self.graph.call_function(ops.sub.Tensor if aten else operator.sub, (branch, skip))
+        made = self.graph.call_function(ops.mul.Tensor if aten else operator.mul, (gate, less))
+        for one in (computed, gate, less, made):
+            one.meta.update({key: node.meta[key] for key in _PLACE if key in node.meta})
+            one.meta.update({key: skip.meta[key] for key in _VALUE if key in skip.meta})
+        return made
 
     def applied(self, active: fx.Node, whole: fx.Node, branch: Any) -> Any:
         """Once more what an activation computes, in one node or several, of `branch` instead of `whole`."""

@@ -323,5 +323,5 @@ def _text_of(texts: dict[Any, tuple[str, str]], place: Place, code: CodeType, jo
 
 def _essence(site: Site) -> tuple[Any, ...]:
     """What of a site its text depends on."""
-    gates = tuple((gate.at, gate.alpha, gate.existing, gate.loops, gate.scale) for gate in site.gates)
+    gates = tuple((gate.at, gate.alpha, gate.existing, gate.loops, gate.scale, gate.carries) for gate in site.gates)
     return gates, site.skip_gate, site.shifts, tuple(norm.at for norm in site.norms), site.activation, site.move

@@ -128,6 +128,7 @@ class _GateEdit:
     scale: Scale = _ONE
     move: Move | None = None
     """The operand is one of several that read what a statement before them has normalized."""
+    carries: Operand | None = None
 
 
 @dataclass(slots=True)
@@ -150,7 +151,8 @@ class _Wanted:
                     if moved is not None:
                         raise ConversionError(f"{moved.span}: no operand is known that the activation could move to")
                     continue
-                change = _GateEdit("" if gate.existing else gate.alpha, moved, gate.at, gate.loops, gate.scale)
+                alpha = "" if gate.existing else gate.alpha
+                change = _GateEdit(alpha, moved, gate.at, gate.loops, gate.scale, carries=gate.carries)
                 if not (gate.existing and moved is None):
                     self._enter(change)
             for change in _further(site):
@@ -437,7 +439,7 @@ class _Editor(cst.CSTTransformer):
         first = min(move.to, key=lambda at: at.span)
         node = self.nodes[first.span]
         lines = [around for around in _ancestors(node, self.parents) if isinstance(around, cst.SimpleStatementLine)]
-        read = self._operand(node, node, first) if isinstance(node, cst.Call) else _side(node, first)
+        read = self._read(node, first)
         if not lines or not isinstance(read, cst.Name):
             raise ConversionError(f"{first.span}: no statement can normalize what is read here")
         name = "normed" if "normed" not in self._names(node) else "rezero_normed"
@@ -458,6 +460,11 @@ class _Editor(cst.CSTTransformer):
             return product(cst.Name("self"), cst.Float(repr(change.scale.factor)), operand)
         owner = cst.Name(self._first_argument(at, change.where.span))
         alpha = self.walked.get((change.where.span, change.where.index)) or self._attribute(at, change)
+        if change.carries is not None:
+            read = self._read(at, change.carries)
+            computed = cst.Call(cst.Attribute(cst.Call(alpha.deep_clone(), [cst.Arg(read)]), cst.Name("sigmoid")))
+            less = cst.BinaryOperation(parenthesised(operand), cst.Subtract(), read.deep_clone())
+            return product(owner, computed, less)
         if change.scale.map == "shift":
             return cst.BinaryOperation(parenthesised(operand), cst.Add(), alpha.deep_clone())
         return self.spelling(owner, scaled(alpha.deep_clone(), change.scale), operand)
@@ -575,6 +582,19 @@ class _Editor(cst.CSTTransformer):
             return call.func.value
         return call.args[self._argument(original, operand)].value
 
+    def _read(self, node: cst.CSTNode, operand: Operand) -> cst.BaseExpression:
+        """A copy of an operand as it was written."""
+        found: cst.BaseExpression | None = None
+        if isinstance(node, cst.Call):
+            found = self._operand(node, node, operand)
+        elif isinstance(node, cst.BinaryOperation):
+            found = node.left if operand.index == 0 else node.right
+        elif isinstance(node, cst.AugAssign):
+            found = node.target if operand.index == 0 else node.value
+        if found is None:
+            raise ConversionError(f"{operand.span}: no operand {operand.index!r} is there (has the file changed?)")
+        return _bare(found.deep_clone())
+
     def _with_operand(
         self, original: cst.Call, call: cst.Call, operand: Operand, value: cst.BaseExpression
     ) -> cst.Call:
@@ -639,12 +659,6 @@ _TIGHT = (cst.Multiply, cst.Divide, cst.MatrixMultiply, cst.FloorDivide, cst.Mod
 
 def _is_term(node: cst.BaseExpression) -> bool:
     return bool(node.lpar) or isinstance(node, _TERMS + _DISPLAYS)
-
-
-def _side(node: _Target, operand: Operand) -> cst.BaseExpression | None:
-    """An operand of a binary operation."""
-    sides = {0: node.left, 1: node.right} if isinstance(node, cst.BinaryOperation) else {}
-    return sides.get(operand.index) if isinstance(operand.index, int) else None
 
 
 def _is_path(node: cst.BaseExpression) -> bool:

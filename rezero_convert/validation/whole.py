@@ -19,6 +19,7 @@ from ..listing import compact, number
 from ..plan import Options, Site
 from ..rewrite import modules
 from ..rewrite.changes import starts
+from .carried import carried, carrying
 from .looks import (
     Look,
     Subject,
@@ -141,11 +142,11 @@ def _validated(subject: Subject, broken: list[str]) -> Validation:
     if not subject.named:  # hand-written
         names = dict.fromkeys(name for look in looks for block in look.found for name in block.alphas)
         subject = replace(subject, named={name: subject.model.get_parameter(name) for name in names})
-    if not (subject.named or broken or asked(subject)):
+    if not (subject.named or broken or asked(subject) or carrying(subject)):
         raise ConversionError(
             f"{type(subject.model).__qualname__}: there is no gate to validate: convert the model first"
         )
-    checks = [check for look in looks for check in placed(subject, look)]
+    checks = [check for look in looks for check in (*placed(subject, look), *carried(subject, look))]
     if not (subject.named or broken):
         return Validation(type(subject.model).__qualname__, (), tuple(checks), (), tuple(dict.fromkeys(notes)))
     checks += [
