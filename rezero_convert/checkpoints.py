@@ -239,16 +239,14 @@ def _lost(model: nn.Module) -> list[str]:
     norms = [f"{path}{entry.key}" for path, entry in entries if isinstance(entry, Dropped)]
     biases = [f"{path}bias" for path, entry in entries if isinstance(entry, Biased)]
     plans = [(path, plan) for path, module in model.named_modules() if (plan := modules.record(module)) is not None]
-    moved = [
-        f"{path}.{site.path}".strip(".") or "the model"
-        for path, plan in plans
-        for site in plan.edited
-        if site.activation is not None and site.activation.action == "move"
-    ]
+    edited = [(f"{path}.{site.path}".strip(".") or "the model", site) for path, plan in plans for site in plan.edited]
+    moved = [at for at, site in edited if site.activation is not None and site.activation.action == "move"]
+    placed = [at for at, site in edited if site.move is not None]
     lost: list[tuple[list[str], Callable[[int], str]]] = [
         ([key for key in gates if not bool((named[key] == 1).all())], lambda n: f"{number(n, 'gate')} not at 1"),
         (norms, lambda n: f"{number(n, 'norm')} dropped"),
         (moved, lambda n: f"{number(n, 'activation')} moved into the branch of"),
+        (placed, lambda n: f"{number(n, 'norm')} moved in"),
         ([key for key in biases if named[key].count_nonzero()], lambda n: "what was trained in a norm's place:"),
     ]
     return [f"{phrase(len(keys))} ({compact(dict.fromkeys(keys))})" for keys, phrase in lost if keys]

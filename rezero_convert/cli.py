@@ -500,7 +500,8 @@ def _rewrite(file: _File, arguments: argparse.Namespace, given: dict[str, Any]) 
             first, *more = proof.failures
             others = f" (and {len(more)} more)" if more else ""
             raise ConversionError(f"{file.name}: the rewritten file does not hold: {first}{others}")
-        note = f"imported in a fresh process, where {proof.blocks} gated blocks were validated"
+        what = f"{proof.blocks} gated blocks were" if proof.blocks else "the model was"
+        note = f"imported in a fresh process, where {what} validated"
         result = dataclasses.replace(result, notes=(*result.notes, note), validation=proof)
     return result
 

@@ -9,6 +9,7 @@ CODES: dict[str, str] = {
     "RZ110": "a learnable gate that was there becomes the ReZero gate",
     "RZ120": "already a ReZero block, left alone",
     "RZ121": "its gate was folded into the branch's weights",
+    "RZ122": "its norm is already where the method has it, left alone",
     "RZ130": "long skip: spans blocks of its own stream",
     "RZ131": "interior: inside another block's branch",
     "RZ140": "not executed: in a method that ran, on a path that did not",

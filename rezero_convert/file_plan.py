@@ -312,7 +312,7 @@ def recheck(before: str, after: str, file: str, options: Options, *, again: bool
 
 _REFUSED: dict[str, Any] = {
     "verdict": "refused", "code": "RZ912", "gates": (), "norms": (), "activation": None, "repairs": (), "form": "",
-    "skip_gate": None, "shifts": (),
+    "skip_gate": None, "shifts": (), "move": None,
 }  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """ReZero and its relatives as data: what a block `S(x) + F(x)` becomes, `s * S(x) + c * g(alpha) * F(x)`.
 
+The placements have no gate: they move the norm that a block has.
+
 One record a method. `options` takes its defaults from here, detection asks what the form needs of a block, `applied`
 enters start values and factors into the sites; the rewriters know the form only (`plan.Scale`). Sources are named at
 each; k counts the gated sums from 1 in the order in which they run, L is the number of gated branches.
@@ -12,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from .plan import NORM_KINDS, Gate, NormKind, Options, Scale, Site
+from .plan import NORM_KINDS, Gate, NormKind, Options, Position, Scale, Site
 
 Granularity = Literal["scalar", "channel"]
 
@@ -28,8 +30,8 @@ class Method:
     """Start value of the gate; by L where it depends on the depth."""
     trainable: bool = True
     granularity: Granularity = "scalar"
-    map: Literal["", "relu"] = ""
-    """g: what is made of the gate before it scales the branch."""
+    map: Literal["", "relu", "carry"] = ""
+    """g: what is made of the gate before it scales the branch. carry: see `plan.Scale`; `init` is the layer's bias."""
     factor: Callable[[int, int], float] | None = None
     """c by (k, L); None is 1."""
     skip: Literal["one", "complement"] | Callable[[int, int], float] = "one"
@@ -40,6 +42,8 @@ class Method:
     """No new gate: the weight of the branch's last norm is the gate."""
     drop_norm: tuple[NormKind, ...] = ()
     activation: Literal["branch", "keep"] = "keep"
+    placement: Position | None = None
+    """No gate: the one norm of a block is moved there."""
 
     @property
     def plain(self) -> bool:
@@ -49,7 +53,8 @@ class Method:
     @property
     def preserves(self) -> bool:
         """Whether a block computes what it did before at a gate of 1."""
-        return self.factor is None and self.skip == "one" and not (self.norm_gate or self.biases)
+        other = self.norm_gate or self.biases or self.placement or self.map == "carry"
+        return self.factor is None and self.skip == "one" and not other
 
     @property
     def by_site(self) -> bool:
@@ -84,8 +89,8 @@ def applied(sites: Iterable[Site], options: Options) -> list[Site]:
         if site.edited and site.gates:
             k = order.get(id(site)) or first.get((site.path, site.gates[0].alpha), len(own))
             site = (
-                _refused_in_loop(site)
-                if method.by_site and _is_walked(site)
+                _refused_in_loop(site, method)
+                if (method.by_site or method.map == "carry") and _is_walked(site)
                 else _formed(site, method, options, k, total)
             )
         made.append(site)
@@ -126,8 +131,10 @@ def _is_walked(site: Site) -> bool:
     return any(gate.loops for gate in site.gates)
 
 
-def _refused_in_loop(site: Site) -> Site:
+def _refused_in_loop(site: Site, method: Method) -> Site:
     reason = "the factors of the method differ from pass to pass of the loop that adds"
+    if method.map == "carry":
+        reason = "each pass of the loop that adds would need a layer of its own for its gate"
     bare = replace(
         site, gates=(), norms=(), activation=None, repairs=(), skip="", skip_kind="", skip_gate=None, form=""
     )
@@ -182,14 +189,16 @@ METHODS: dict[str, Method] = {
         skip=lambda k, branches: math.sqrt((k + branches - 1) / (k + branches)),
         drop_norm=NORM_KINDS,
     ),
+    "highway": Method(
+        "x + T(x)*(F(x) - x), T(x) = sigmoid(W x + b), b = -3",
+        "Srivastava et al. 2015, eq. 3",
+        init=-3.0,
+        granularity="channel",
+        map="carry",
+        activation="branch",
+    ),
+    "pre-norm": Method("x + F(N(x))", "Bachlechner et al., Table 1", placement="pre"),
+    "post-norm": Method("N(x + F(x))", "the same; Vaswani et al. 2017", placement="post"),
+    "gpt2-norm": Method("x + N(F(x))", "the name is that of Bachlechner et al., Table 3", placement="end"),
 }
 """By name, as `method=` takes it."""
-
-_MOVED = "a norm would have to move into or out of the branch; `drop_norm` takes norms out where they are"
-UNWRITTEN: dict[str, str] = {
-    "highway": "its gate is computed from the input by a layer of its own, not by a parameter",
-    "pre-norm": _MOVED,
-    "post-norm": _MOVED,
-    "gpt2-norm": _MOVED,
-}
-"""Relatives that no edit here makes, and why."""

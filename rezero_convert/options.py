@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import Any, Literal, cast
 
 from .errors import ConversionError
-from .methods import METHODS, UNWRITTEN
+from .methods import METHODS
 from .plan import NORM_KINDS, NormKind, Options
 
 
@@ -27,8 +27,6 @@ def options(**given: Any) -> Options:
         if name not in names:
             raise ConversionError(unknown("option", name, names))
     given = {name: value for name, value in given.items() if value is not None}
-    if given.get("method") in UNWRITTEN:
-        raise ConversionError(f"method {given['method']!r} cannot be written as yet: {UNWRITTEN[given['method']]}")
     name = _one_of("method", given.get("method", "rezero"), tuple(METHODS))
     method = METHODS[name]
     start = None if callable(method.init) else method.init
@@ -39,9 +37,15 @@ def options(**given: Any) -> Options:
     drop_norm = _drop_norm(given.get("drop_norm", "none" if preserve else method.drop_norm or "none"))
     if method.norm_gate and (drop_norm or given.get("alpha_init")):
         raise ConversionError(f"method {name!r} keeps the norms and starts at 0: no drop_norm, no alpha_init")
+    idle = [option for option, without in _OF_GATES.items() if given.get(option, without[0]) not in without]
+    idle = idle if method.placement else []
+    if idle:
+        raise ConversionError(f"method {name!r} moves the norms and makes no gates: no {' and no '.join(idle)}")
     activation = given.get("activation", "keep" if preserve else method.activation)
     activation = _one_of("activation", activation, ("branch", "keep"))
     granularity = _one_of("granularity", given.get("granularity", method.granularity), ("scalar", "channel"))
+    if method.map == "carry" and granularity != "channel":
+        raise ConversionError(f"method {name!r} has a gate for each channel: no granularity {granularity!r}")
     share = _one_of("share", given.get("share", "branch"), ("branch", "layer"))
     return Options(
         method=name,
@@ -55,6 +59,16 @@ def options(**given: Any) -> Options:
         norm_types=_classes(given.get("norm_types", ())),
         granularity=cast(Literal["scalar", "channel"], granularity),
     )
+
+
+_OF_GATES: dict[str, tuple[Any, ...]] = {
+    "drop_norm": ("none", ["none"], ("none",)),
+    "alpha_init": (0.0,),
+    "activation": ("keep",),
+    "share": ("branch",),
+    "granularity": ("scalar",),
+}
+"""The options that a method without gates has no use for, with the values that ask for nothing."""
 
 
 def unknown(what: str, name: object, valid: Iterable[str]) -> str:

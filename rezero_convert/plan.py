@@ -70,7 +70,7 @@ class Operand:
 
     `index` is 0 or 1 for the left or right side of a binary operation or augmented assignment; for a call, the
     position among the positional arguments or a keyword's name. Where the call is a tensor's method (`x.add_(y)`,
-    `receiver`), 0 is what stands before the dot and the arguments count from 1.
+    `receiver`), 0 is what stands before the dot and the arguments count from 1. `WHOLE` is the expression itself.
     """
 
     place: Place
@@ -81,6 +81,9 @@ class Operand:
     def same_text(self, other: Operand) -> bool:
         """Whether both are one operand of one expression; text by itself does not know its module's name."""
         return (self.span, self.index) == (other.span, other.index)
+
+
+WHOLE = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +107,9 @@ class Loop:
 class Scale:
     """How an alpha scales an operand: `factor * map(alpha)`."""
 
-    map: Literal["", "relu", "complement", "shift"] = ""
-    """complement: 1 - alpha. shift: no factor, added to the operand."""
+    map: Literal["", "relu", "complement", "shift", "carry"] = ""
+    """complement: 1 - alpha. shift: no factor, added to the operand. carry: alpha is a layer, of which
+    sigmoid(alpha(x)) scales the operand less the skip x."""
     factor: float = 1.0
     trailing: int = 0
     """How many dimensions of the operand follow that of the channels, for an alpha of shape (C,)."""
@@ -146,6 +150,8 @@ class Gate:
     `ModuleList` of such lists."""
     scale: Scale = Scale()
     trainable: bool = True
+    carries: Operand | None = None
+    """The skip, where the gate is computed from it and takes its part from the branch (highway)."""
     size: str = ""
     """What of the owner tells the number of channels, as written below `self`: "conv2.out_channels"."""
     members: tuple[str, ...] = ()
@@ -153,7 +159,9 @@ class Gate:
     are not known (static route)."""
 
     def parameters(self) -> tuple[str, ...]:
-        """The gate's parameters by their paths from the owner."""
+        """The gate's parameters by their paths from the owner; a gate that is computed has none of its own."""
+        if self.carries is not None:
+            return ()
         return tuple(f"{self.alpha}.{member}" for member in self.members) if self.loops else (self.alpha,)
 
 
@@ -192,6 +200,21 @@ class Activation:
     """The call, and which argument is the sum."""
     action: Literal["move", "keep"]
     reason: str
+
+
+Position = Literal["pre", "end", "post"]
+"""Where a norm stands: before the branch, `x + F(N(x))`, behind it, `x + N(F(x))`, behind the sum, `N(x + F(x))`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A norm that changes its place: its call comes off what it normalizes, and goes around something else."""
+
+    position: Position
+    at: Operand
+    """The call, and which argument is the normalized tensor."""
+    to: tuple[Operand, ...]
+    """Several are the one variable that a branch reads in several places: it is normalized once, before them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +258,7 @@ class Site:
     shifts: tuple[Gate, ...] = ()
     """Biases of one number before the layers of the branch (FixUp)."""
     norms: tuple[Norm, ...] = ()
+    move: Move | None = None
     activation: Activation | None = None
     repairs: tuple[Repair, ...] = ()
     calls: int = 1
@@ -253,7 +277,8 @@ class Site:
     @property
     def edited(self) -> bool:
         """Whether the text changes: converted, or the twin of a converted one on a path that did not run."""
-        return self.verdict == "converted" or (self.verdict == "not-executed" and bool(self.gates))
+        twin = self.verdict == "not-executed" and bool(self.gates or self.move)
+        return self.verdict == "converted" or twin
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .listing import DIGITS, compact, number, visible, where_of
+from .methods import METHODS
 from .pages import brief, document
 from .plan import Norm, Plan, Repair, Site, Verdict, as_dict
 
@@ -215,7 +216,10 @@ def totals(report: Report) -> str:
     parts = [f"{count} {_PLURALS.get(verdict, verdict)}" for verdict, count in report.counts.items() if count]
     line = ", ".join(parts) if parts else "no adds of tensors"
     if done:
-        line += f"; {number(len(gates), 'gate')}, {number(len(norms), 'norm')} dropped"
+        moved = sum(site.move is not None for site in done)
+        changes = [f"{number(len(gates), 'gate')}, {number(len(norms), 'norm')} dropped"] if gates or not moved else []
+        changes += [f"{number(moved, 'norm')} moved"] if moved else []
+        line += f"; {', '.join(changes)}"
     if report.plan.scalars:
         line += f"; {number(report.plan.scalars, 'integer or scalar add')}"
     return f"{'done' if report.converted else 'total'}: {line}"
@@ -273,10 +277,16 @@ def _heading(report: Report) -> str:
     options = report.plan.options
     start = "by depth" if options.alpha_init is None else options.alpha_init
     method = "" if options.method == "rezero" else f"{options.method}, "
+    if METHODS[options.method].placement:
+        asked = f"{options.method}, {METHODS[options.method].form}"
+        return f"{report.title or 'model'}: {_state(report)}; {asked}"
     asked = f"{method}alpha {start}, norms dropped: {', '.join(options.drop_norm) or 'none'}"
-    state = "converted" if report.converted else "audit"
+    return f"{report.title or 'model'}: {_state(report)}; {asked}, activation: {options.activation}"
+
+
+def _state(report: Report) -> str:
     route = f" ({report.plan.route})" if report.plan.route else ""
-    return f"{report.title or 'model'}: {state}{route}; {asked}, activation: {options.activation}"
+    return f"{'converted' if report.converted else 'audit'}{route}"
 
 
 def _block(group: Sites) -> list[str]:
@@ -309,6 +319,8 @@ def _remarks(group: Sites) -> list[str]:
 
 def _norm_remark(norm: Norm, site: Site) -> str:
     name = _local(norm.path, site.path) or "functional norm"
+    if site.move is not None and norm.at == site.move.at:
+        return f"{name} ({norm.type}, {norm.position}) {norm.reason}"
     if norm.action == "keep":
         return f"kept {name} ({norm.type}, {norm.position}){_because(norm.reason)}"
     bias = f", bias given to {_local(norm.bias, site.path)}" if norm.bias else ""

@@ -19,9 +19,9 @@ from ..capture.static import adds, exclusive, traces
 from ..capture.trace import Frame, Trace, origin
 from ..errors import ConversionError
 from ..listing import compact
-from ..methods import applied
+from ..methods import METHODS, applied
 from ..plan import Gate, Norm, Options, Place, Plan, Site, Span
-from . import arms, code, loops, names, norms, unrolled
+from . import arms, code, loops, names, norms, placements, unrolled
 from .biases import headed
 from .blocks import Block, Nested, Refusal, find, owner_call
 from .drafts import Draft, class_name, is_gated, of_block, relative, request, site_of, unwanted
@@ -47,6 +47,9 @@ def _plan(trace: Trace, options: Options) -> Plan:
     gated_long = [one.block for one in nested if options.long_skips and one.verdict == "long-skip"]
     drafts = [of_block(facts, block, options) for block in (*blocks, *gated_long)]
     drafts = _post_norms(facts, drafts, options)
+    placement = METHODS[options.method].placement
+    if placement is not None:
+        drafts = [placements.moved(facts, draft, placement) for draft in drafts]
     others = _unexecuted(facts, drafts, options)
     drafts = _settle_norms(facts, _merge(facts, drafts, refusals), others)
     sites = applied(_named(facts, drafts, others, options), options)
@@ -56,6 +59,8 @@ def _plan(trace: Trace, options: Options) -> Plan:
     sites += [_hidden(facts, frames) for frames in trace.hidden]
     ordered = sorted(_group(sites), key=_order)
     notes = (*trace.notes, *_idle(facts))
+    if placement is not None:
+        notes += tuple(placements.notes(facts, drafts, placement))
     return Plan(tuple(ordered), options, trace.route, trace.scalars, notes, _kept_calls(facts, ordered))
 
 
@@ -221,7 +226,7 @@ def _merged(flow: Flow, group: list[Draft], refused: bool) -> Draft:
     if "converted" not in verdicts:
         gates = {gate.alpha: gate for draft in group for gate in draft.site.gates}
         return replace(first, site=replace(site, gates=tuple(gates.values())))
-    if len(verdicts) > 1 or refused:
+    if len(verdicts) > 1 or refused or len({draft.site.move for draft in group}) > 1:
         return _undecided(first, site, "the add is a residual add in some of its runs only")
     call = owner_call(flow, first.block.sum.node)
     passes = [draft for draft in group if owner_call(flow, draft.block.sum.node) is call]
@@ -298,15 +303,17 @@ def _undecided(draft: Draft, site: Site, reason: str) -> Draft:
 
 def _bare(site: Site) -> Site:
     return replace(
-        site, gates=(), norms=(), activation=None, repairs=(), skip="", skip_kind="", skip_gate=None, shifts=()
-    )
+        site, gates=(), norms=(), activation=None, repairs=(), skip="", skip_kind="", skip_gate=None, shifts=(),
+        move=None,
+    )  # fmt: skip
 
 
 def _named(flow: Flow, drafts: list[Draft], others: list[arms.Arm], options: Options) -> list[Site]:
     """Give the alphas their names, the sites their form; arms that did not run count as adds of their class."""
     requests = [request for draft in drafts for request in draft.requests if request is not None]
     requests += [asked for arm in others for gate in arm.found.gates if (asked := _of_arm(flow, arm, gate))]
-    passes = unrolled.passes(flow, drafts, partial(_may_walk, flow, options))
+    layers = METHODS[options.method].map == "carry"  # a gate is a module then, and no lists are made of those
+    passes = {} if layers else unrolled.passes(flow, drafts, partial(_may_walk, flow, options))
     by_text = {asked: _as_in_text(flow, passes.get(asked, (asked,))[0], options) for asked in requests}
     chosen = names.alphas(
         by_text.values(),

@@ -80,10 +80,12 @@ def as_site(arm: Arm, gone: frozenset[str], alphas: tuple[str, ...]) -> Site:
     found = replace(
         arm.found, verdict="not-executed", code="RZ140", path=arm.path, cls=arm.cls, place=arm.place, calls=0
     )
+    if found.move is not None:
+        return _replaced(found, arm)
     if arm.twin is None and len(alphas) == len(found.gates) and _is_for_training(arm):
         reason = "runs in training only: read from the text, its norms kept"
         gates = tuple(
-            replace(gate, at=_at(gate.at, arm.place), alpha=alpha)
+            replace(_moved(gate, gate, arm), alpha=alpha)
             for gate, alpha in zip(found.gates, alphas, strict=True)
             if gate.at is not None
         )
@@ -101,6 +103,17 @@ def as_site(arm: Arm, gone: frozenset[str], alphas: tuple[str, ...]) -> Site:
     if arm.twin.shifts:  # the layers before the arms have them already
         found = replace(found, shifts=())
     return replace(found, gates=gates, skip_gate=skip, norms=own, activation=activation, reason=reason, repairs=())
+
+
+def _replaced(found: Site, arm: Arm) -> Site:
+    """The finding of a method that moves norms: in the text of a twin, as the text says."""
+    move = found.move if arm.twin is not None else None
+    if move is None:
+        reason = "a residual add on a path that did not run: pass inputs that run it"
+    else:
+        reason = "on a path that did not run, beside one that did: its norm moves, too"
+        move = replace(move, at=_at(move.at, arm.place), to=tuple(_at(at, arm.place) for at in move.to))
+    return replace(found, reason=reason, move=move, norms=(), activation=None)
 
 
 def _is_for_training(arm: Arm) -> bool:
@@ -124,7 +137,8 @@ def norms(arm: Arm) -> tuple[Norm, ...]:
 
 
 def _moved(gate: Gate, other: Gate, arm: Arm) -> Gate:
-    return replace(other, at=_at(gate.at, arm.place) if gate.at is not None else None, branch=gate.branch)
+    at, carries = (_at(one, arm.place) if one is not None else None for one in (gate.at, gate.carries))
+    return replace(other, at=at, branch=gate.branch, carries=carries)
 
 
 def _placed(norm: Norm, arm: Arm) -> Norm:

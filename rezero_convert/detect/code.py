@@ -146,6 +146,27 @@ def is_carried(at: Operand) -> bool:
     return bool(loops) and 0 < stores(around[-1]) == stores(loops[-1])
 
 
+_SIMPLE = (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Expr, ast.Return)
+
+
+@sources.cached
+def follow(place: Place, spans: tuple[Span, ...]) -> bool:
+    """Whether what is put before the statement of the first span is there for all of them.
+
+    That statement begins its line, and the others are in it or behind it in the same suite.
+    """
+    definition = sources.function(place)
+    fields = [value for node in ast.walk(definition) for _, value in ast.iter_fields(node)] if definition else []
+    for suite in fields:
+        statements = suite if isinstance(suite, list) else []
+        for number, statement in enumerate(statements):
+            if isinstance(statement, _SIMPLE) and sources.span_of(place.file, statement).contains(spans[0]):
+                rest = [sources.span_of(place.file, other) for other in statements[number:]]
+                begins = not sources.lines(place.file)[statement.lineno - 1].encode()[: statement.col_offset].strip()
+                return begins and all(any(whole.contains(span) for whole in rest) for span in spans)
+    return False
+
+
 def adds_number(span: Span) -> bool:
     """Whether one side of an add is written as a number, a string or a length."""
     node = expression(span)

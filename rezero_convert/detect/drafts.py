@@ -8,9 +8,9 @@ from fnmatch import fnmatch
 from torch import fx, nn
 
 from ..capture.trace import Frame
-from ..methods import METHODS
+from ..methods import METHODS, Method
 from ..plan import Activation, Gate, Operand, Options, Repair, Scale, Site, SkipGate, Span, Verdict
-from . import code, gates, helpers, names, norms
+from . import carries, code, gates, helpers, names, norms
 from .biases import biases
 from .blocks import Block, Branch, describe, has_weight, owner_call
 from .channels import channels
@@ -38,37 +38,36 @@ def of_block(flow: Flow, block: Block, options: Options) -> Draft:
     site = site_of(
         flow, block.sum, "converted", {"identity": "RZ101", "projection": "RZ102", "slice": "RZ103"}[block.kind]
     )
-    placed = unwanted(site, options) or _placed(flow, block, site)
-    if not isinstance(placed[0], Site):
-        number, reason = placed
+    found_at = unwanted(site, options) or placed(flow, block, site)
+    if not isinstance(found_at[0], Site):
+        number, reason = found_at
         return Draft(block, replace(site, verdict="refused", code=str(number), reason=str(reason)))
-    site, operands = placed
+    site, operands = found_at
     method = METHODS[options.method]
-    if method.biases and len(block.branches) > 1:
-        reason = "several branches are added to one skip, and the method is defined for one"
-        return Draft(block, replace(site, verdict="refused", code="RZ919", reason=reason))
-    if method.skip != "one":
-        scaled = _skip_gate(flow, block, operands)
-        if isinstance(scaled, str):
-            return Draft(block, replace(site, verdict="refused", code="RZ919", reason=scaled))
-        site = replace(site, skip_gate=scaled)
+    members = [member for branch in block.branches for member in norms.of_branch(flow, branch, block, options)]
+    if method.placement:  # what is to move, is known when all blocks are
+        return Draft(block, _described(flow, block, site, operands), tuple(members))
+    scaled = _skip_gate(flow, block, operands, method)
+    if isinstance(scaled, str):
+        return Draft(block, replace(site, verdict="refused", code="RZ919", reason=scaled))
+    site = replace(site, skip_gate=scaled)
     activation = _activation(flow, block, site, options)
     moved = activation is not None and activation.action == "move"
-    members = [member for branch in block.branches for member in norms.of_branch(flow, branch, block, options)]
     made: list[Gate] = []
     requests: list[names.Request | None] = []
     weights: list[str] = []
     repairs: list[Repair] = []
     for branch in block.branches:
         found = gates.last_norm(flow, branch) if method.norm_gate else gates.existing(flow, branch)
-        settled = _present(flow, site, found)
+        settled = _carried(flow, block, site) if method.map == "carry" else None
+        settled = settled or _present(flow, site, found)
         if settled is not None:
             return Draft(block, replace(settled, skip_gate=None))
         problem = _unformed(flow, branch, site, found, options)
         if problem is not None:
             return Draft(block, replace(site, verdict="refused", code="RZ919", reason=problem, skip_gate=None))
         gate, repair, last = _gate(flow, branch, site, operands[branch.term], found, moved, options)
-        made.append(gate)
+        made.append(replace(gate, carries=operands[block.shortcut]) if method.map == "carry" else gate)
         weights.append(last)
         requests.append(None if gate.existing else request(flow, site, operands[branch.term], gate.child))
         repairs += repair
@@ -86,16 +85,22 @@ def of_block(flow: Flow, block: Block, options: Options) -> Draft:
                 reason = f"the branch is zero by {cause}, which nothing can undo: its alpha would never get a gradient"
                 return Draft(block, replace(site, verdict="refused", code="RZ913", reason=reason))
     site = replace(
+        _described(flow, block, site, operands),
+        gates=tuple(made),
+        activation=activation,
+        repairs=tuple(dict.fromkeys(repairs)),
+    )
+    return Draft(block, site, tuple(members), tuple(requests), tuple(weights))
+
+
+def _described(flow: Flow, block: Block, site: Site, operands: dict[Term, Operand]) -> Site:
+    return replace(
         site,
         reason=_reason(flow, block),
         skip=code.text(operands[block.shortcut]),
         skip_kind=block.kind,
-        gates=tuple(made),
-        activation=activation,
-        repairs=tuple(dict.fromkeys(repairs)),
         confidence=1.0 if block.certain else 0.8,
     )
-    return Draft(block, site, tuple(members), tuple(requests), tuple(weights))
 
 
 def request(flow: Flow, site: Site, at: Operand, child: str) -> names.Request:
@@ -145,18 +150,18 @@ def frame_of(flow: Flow, node: int) -> Frame | None:
     return frames[0] if frames else None
 
 
-def _operand(flow: Flow, add: int, index: int | str) -> Operand:
+def operand_of(flow: Flow, add: int, index: int | str) -> Operand:
     frame = frame_of(flow, add)
     assert frame is not None
-    return Operand(frame.place, frame.span, index, _is_receiver(flow, add, frame.span))
+    return Operand(frame.place, frame.span, index, is_receiver(flow, add, frame.span))
 
 
-def _is_receiver(flow: Flow, node: int, span: Span) -> bool:
+def is_receiver(flow: Flow, node: int, span: Span) -> bool:
     target = flow.nodes[node]
     return target.op == "call_method" and code.is_receiver(span, len(target.args) + len(target.kwargs))
 
 
-def _placed(flow: Flow, block: Block, site: Site) -> tuple[Site, dict[Term, Operand]] | tuple[str, str]:
+def placed(flow: Flow, block: Block, site: Site) -> tuple[Site, dict[Term, Operand]] | tuple[str, str]:
     """The site at the text that is to be edited, and the operands there; or code and reason why there is none."""
     operands: dict[Term, Operand] = {}
     for term in block.sum.terms:
@@ -164,24 +169,24 @@ def _placed(flow: Flow, block: Block, site: Site) -> tuple[Site, dict[Term, Oper
         problem = _unreadable(frames)
         if problem is not None:
             return problem
-        at = _operand(flow, term.add, term.operand)
+        at = operand_of(flow, term.add, term.operand)
         if term.operand == "":
             return "RZ912", "no operand of the lerp scales the branch, and only that, in the stream's precision"
         if code.operand(at) is None:
             return "RZ912", "the operands of the add are not found in its text"
-        if _in_helper(frames) and term is not block.shortcut:
+        if in_helper(frames) and term is not block.shortcut:
             argument = helpers.argument(frames, at)
             if not isinstance(argument, Operand):
                 return "RZ912", argument
             at = argument
         operands[term] = at
     frames = flow.origin(block.sum.node).frames
-    if _in_helper(frames):
+    if in_helper(frames):
         site = replace(site, place=frames[-1].place, span=frames[-1].span, text=code.line(frames[-1].span))
     return site, operands
 
 
-def _in_helper(frames: tuple[Frame, ...]) -> bool:
+def in_helper(frames: tuple[Frame, ...]) -> bool:
     """Whether an add ran in a function other than the method (a comprehension is part of its method)."""
     return frames[0].owner is None and frames[0].place != frames[-1].place
 
@@ -232,6 +237,13 @@ def _present(flow: Flow, site: Site, found: gates.Found | None) -> Site | None:
     return None
 
 
+def _carried(flow: Flow, block: Block, site: Site) -> Site | None:
+    layer = carries.layer(flow, block)
+    if layer is None:
+        return None
+    return replace(site, verdict="gated", code="RZ120", reason=f"its gate is computed from the skip by {layer}")
+
+
 def _gate(
     flow: Flow, branch: Branch, site: Site, at: Operand, found: gates.Found | None, moved: bool, options: Options
 ) -> tuple[Gate, list[Repair], str]:
@@ -263,13 +275,19 @@ def _norm_bias(flow: Flow, found: gates.Found) -> list[Repair]:
     return [] if value is None or gates.is_zero(value) else [Repair(path, "zeros")]
 
 
-def _skip_gate(flow: Flow, block: Block, operands: dict[Term, Operand]) -> SkipGate | str:
-    """What a factor of the skip goes on; or why there is no one place for it."""
+def _skip_gate(flow: Flow, block: Block, operands: dict[Term, Operand], method: Method) -> SkipGate | str | None:
+    """What a factor of the skip goes on, if the method has one; or why there is no one place for it."""
+    if method.map == "carry":
+        return carries.problem(flow, block, operands)
+    if method.biases and len(block.branches) > 1:
+        return "several branches are added to one skip, and the method is defined for one"
+    if method.skip == "one":
+        return None
     if len(block.branches) > 1:
         return "several branches are added to one skip, whose factor is defined for one"
     if flow.name(block.shortcut.add) == "lerp":
         return "lerp scales the skip by itself"
-    if _in_helper(flow.origin(block.shortcut.add).frames):
+    if in_helper(flow.origin(block.shortcut.add).frames):
         at = operands[block.shortcut]
         found = helpers.argument(flow.origin(block.shortcut.add).frames, at)
         return SkipGate(found) if isinstance(found, Operand) else f"the skip cannot be scaled: {found}"
@@ -287,6 +305,8 @@ def _unformed(flow: Flow, branch: Branch, site: Site, found: gates.Found | None,
         made = channels(flow, branch)
         if isinstance(made, str) and flow.trace.model is not None:
             return f"a gate for each channel: {made}"
+        if METHODS[options.method].map == "carry" and not isinstance(made, str):
+            return carries.unread(flow, branch, made.trailing)
     return None
 
 
@@ -369,7 +389,7 @@ def _activation(flow: Flow, block: Block, site: Site, options: Options) -> Activ
     parent = step.parent if step is not None else flow.origin(user).call
     if not frames or frames[-1].owner != site.path or parent is not owner_call(flow, node):
         return None
-    at = Operand(frames[0].place, frames[0].span, 0, step is None and _is_receiver(flow, user, frames[0].span))
+    at = Operand(frames[0].place, frames[0].span, 0, step is None and is_receiver(flow, user, frames[0].span))
     written_out = norms.in_graph(flow, user) if step is not None and frames[0].span in flow.trace.generated else None
     if written_out is not None:
         at = written_out

@@ -54,6 +54,18 @@ def argument(frames: Sequence[Frame], at: Operand) -> Operand | Refused:
     return at
 
 
+def passed(inner: Frame, outer: Frame, read: ast.Name) -> Operand | None:
+    """The argument that a variable of a function is, at the call of that function, unless it is set anew before."""
+    definition = _definition(inner)
+    if definition is None or read.id not in _names(definition):
+        return None
+    here = (read.lineno, read.col_offset)
+    if any((one.end_lineno or 0, one.end_col_offset or 0) <= here for one in _given(definition, read.id)):
+        return None
+    index = _position(inner, definition, outer, read.id)
+    return None if index is None else Operand(outer.place, outer.span, index)
+
+
 def _definition(frame: Frame) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
     try:
         found = sources.function(frame.place)

@@ -7,6 +7,7 @@ import re
 
 from ..errors import ConversionError
 from ..plan import Gate
+from . import carries
 from .classes import (
     REGISTER,
     Names,
@@ -90,7 +91,7 @@ def _alphas_of(source: Source, cls: ast.ClassDef, gates: list[tuple[Gate, bool]]
                 f"{source.file}:{cls.lineno}: dataclass {cls.name} has no __post_init__ for its alphas"
             )
     if init is None:
-        lines = [f"self.{gate.alpha} = {_parameter(gate, '', names)}" for gate, _ in gates]
+        lines = [line for gate, _ in gates for line in _lines(gate, "", names, "self")]
         return [
             new_method(
                 source, cls, ["def __init__(self, *args, **kwargs):"], "super().__init__(*args, **kwargs)", lines
@@ -100,15 +101,22 @@ def _alphas_of(source: Source, cls: ast.ClassDef, gates: list[tuple[Gate, bool]]
     for gate, bound in gates:
         place, stmt = alpha_place(source, init, gate, bound)
         me = self_name(init)
-        line = f"{me}.{gate.alpha} = {_parameter(gate, _factory(source, init, gate.child), names, me)}"
-        edits.append(insert(source, place, source.indent(stmt.lineno), [line]))
+        lines = _lines(gate, _factory(source, init, gate.child), names, me)
+        edits.append(insert(source, place, source.indent(stmt.lineno), lines))
     return edits
 
 
-def _parameter(gate: Gate, factory: str, names: Names, me: str = "self") -> str:
+def _lines(gate: Gate, factory: str, names: Names, me: str) -> list[str]:
+    """The statements that make a gate."""
     if gate.init is None:
         raise ConversionError(f"{gate.at.span if gate.at else ''}: {gate.alpha} is new and has no start value")
     size = f"{me}.{gate.size}" if gate.size and not gate.loops else ", ".join(map(str, gate.shape))
+    if gate.carries is not None:
+        return carries.written(gate, gate.init, size, factory, names.nn, me)
+    return [f"{me}.{gate.alpha} = {_parameter(gate, size, factory, names, me)}"]
+
+
+def _parameter(gate: Gate, size: str, factory: str, names: Names, me: str) -> str:
     if not gate.shape:
         raise ConversionError(f"{gate.at.span if gate.at else ''}: {gate.alpha} must not have zero dimensions")
     if gate.init in (0.0, 1.0):

@@ -18,7 +18,7 @@ from .. import sources
 from ..capture.facts import of_function, operation
 from ..capture.graphs import graph_modules, text_of
 from ..errors import ConversionError
-from ..plan import Gate, Norm, Operand, Place, Scale, Site, SkipGate
+from ..plan import WHOLE, Gate, Move, Norm, Operand, Place, Scale, Site, SkipGate
 from .changes import RECORDS
 
 Home = Callable[[Place, str], str | None]
@@ -84,6 +84,8 @@ class _Editor:
                 self.shift(site, shift)
             if site.skip_gate is not None:
                 self.skip(site, site.skip_gate)
+            if site.move is not None:
+                self.move(site.move)
             if site.activation is not None and site.activation.action == "move":
                 self.drop(self.node(site.activation.at), self.value(site.activation.at))
         for norm in dict.fromkeys(norm for site in sites for norm in site.norms):
@@ -135,9 +137,23 @@ class _Editor:
             scaled = branch
             if moved is not None:
                 scaled = self.applied(self.node(moved.at), self.value(moved.at), branch)
-            if not gate.existing:
+            if gate.carries is not None:
+                scaled = self.carried(node, scaled, self.value(gate.carries), self.parameter(site, gate.alpha))
+            elif not gate.existing:
                 scaled = self.scaled(node, scaled, self.parameter(site, gate.alpha), gate.scale)
         self.update(node, at, scaled)
+
+    def carried(self, node: fx.Node, branch: Any, skip: fx.Node, layer: str) -> fx.Node:
+        """`sigmoid(layer(skip)) * (branch - skip)`; `node` is the sum."""
+        ops, aten = torch.ops.aten, isinstance(node.target, OpOverload)
+        computed = self.graph.create_node("call_module", layer, (skip,))
+        gate = self.graph.call_function(ops.sigmoid.default if aten else torch.sigmoid, (computed,))
+        less = self.graph.call_function(ops.sub.Tensor if aten else operator.sub, (branch, skip))
+        made = self.graph.call_function(ops.mul.Tensor if aten else operator.mul, (gate, less))
+        for one in (computed, gate, less, made):
+            one.meta.update({key: node.meta[key] for key in _PLACE if key in node.meta})
+            one.meta.update({key: skip.meta[key] for key in _VALUE if key in skip.meta})
+        return made
 
     def applied(self, active: fx.Node, whole: fx.Node, branch: Any) -> Any:
         """Once more what an activation computes, in one node or several, of `branch` instead of `whole`."""
@@ -145,12 +161,30 @@ class _Editor:
 
         def copied(node: fx.Node) -> Any:
             if node not in copies:
-                for source in node.all_input_nodes if node > whole else ():
+                anew = node > whole or node.op == "get_attr"
+                for source in node.all_input_nodes if anew else ():
                     copied(source)
-                copies[node] = self.graph.node_copy(node, copies.__getitem__) if node > whole else node
+                copies[node] = self.graph.node_copy(node, copies.__getitem__) if anew else node
             return copies[node]
 
         return copied(active)
+
+    def move(self, move: Move) -> None:
+        """Normalize something else: the result of a node, or what one or several nodes read."""
+        norm, entry = self.node(move.at), self.value(move.at)
+        places = [self.node(at) for at in move.to]
+        first = min(places)
+        if move.to[0].index == WHOLE:
+            readers = list(first.users)
+            with self.graph.inserting_before(first.next):
+                made = self.applied(norm, entry, first)
+            first.replace_all_uses_with(made, delete_user_cb=readers.__contains__)
+        else:
+            with self.graph.inserting_before(first):
+                made = self.applied(norm, entry, self.value(move.to[0]))
+            for node, at in zip(places, move.to, strict=True):
+                self.update(node, at, made)
+        self.drop(norm, entry)
 
     def skip(self, site: Site, gate: SkipGate) -> None:
         """Scale the skip, by a constant or by what a gate leaves."""

@@ -166,6 +166,8 @@ def _parts(model: nn.Module, site: Site, home: graphs.Home) -> Iterator[tuple[st
     for shift in site.shifts:
         if shift.at is not None:
             gates.setdefault(shift.at.place, [])
+    if site.move is not None:
+        gates.setdefault(site.move.at.place, [])
     for place, some in gates.items():
         yield site.path, place, dataclasses.replace(site, gates=tuple(some), norms=())
     for norm in site.norms:
@@ -321,5 +323,5 @@ def _text_of(texts: dict[Any, tuple[str, str]], place: Place, code: CodeType, jo
 
 def _essence(site: Site) -> tuple[Any, ...]:
     """What of a site its text depends on."""
-    gates = tuple((gate.at, gate.alpha, gate.existing, gate.loops, gate.scale) for gate in site.gates)
-    return gates, site.skip_gate, site.shifts, tuple(norm.at for norm in site.norms), site.activation
+    gates = tuple((gate.at, gate.alpha, gate.existing, gate.loops, gate.scale, gate.carries) for gate in site.gates)
+    return gates, site.skip_gate, site.shifts, tuple(norm.at for norm in site.norms), site.activation, site.move

@@ -149,6 +149,8 @@ def check_agreement(plan: Plan, file: str) -> None:
             made = {(g.at, _of_all_passes(site, g), g.existing, g.scale) for g in site.gates}
             decisions.append(("gates", site.span, (frozenset(made), site.skip_gate and site.skip_gate.scale)))
         decisions += [(f"norm {n.attribute}", n.at.span, n.action) for n in site.norms if n.at is not None]
+        if site.move is not None:
+            decisions.append(("move of the norm", site.move.at.span, site.move))
         if site.activation is not None:
             decisions.append(("activation", site.activation.at.span, site.activation.action))
         for what, span, decision in decisions:

@@ -23,6 +23,7 @@ from ..capture.guard import still
 from ..errors import ConversionError
 from ..known import SWITCHES
 from ..plan import Gate, Plan, Repair
+from . import carries
 from .changes import (
     Added,
     Biased,
@@ -184,7 +185,9 @@ def _place_gate(undo: ExitStack, model: nn.Module, owner: nn.Module, path: str, 
             nn.Parameter(torch.full(gate.shape, init, dtype=like.dtype, device=like.device), gate.trainable)
             for _ in gate.parameters()
         ]
-        if within:
+        if gate.carries is not None:
+            put(undo, owner._modules, gate.alpha, carries.made(gate, init, like).train(owner.training))
+        elif within:
             _append(undo, owner, gate.alpha, made[0])
         elif not gate.loops:
             put(undo, owner._parameters, gate.alpha, made[0])

@@ -45,7 +45,8 @@ def _gates_by_class(source: Source, jobs: Jobs) -> dict[str, list[tuple[str, flo
             maybe = False
             if init is not None and init.body[0].lineno != init.lineno:
                 maybe = len(source.indent(alpha_place(source, init, gate, bound)[1].lineno)) > init.body[0].col_offset
-            found.setdefault(cls.name, []).append((gate.alpha, gate.init, maybe))
+            name = gate.alpha if gate.carries is None else f"{gate.alpha}.bias"
+            found.setdefault(cls.name, []).append((name, gate.init, maybe))
     return found
 
 
@@ -115,7 +116,7 @@ def _init_weights_edit(
         for alpha, value, maybe in gates:
             deeper = unit
             if maybe:
-                lines.append(f'{unit}if hasattr({module}, "{alpha}"):')
+                lines.append(f'{unit}if hasattr({module}, "{alpha.partition(".")[0]}"):')
                 deeper = unit + unit
             word, more = ("zeros_", "") if not value else ("ones_", "") if value == 1 else ("constant_", f", {value!r}")
             lines.append(f"{deeper}{init}.{word}({module}.{alpha}{more})")

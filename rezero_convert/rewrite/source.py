@@ -85,6 +85,7 @@ def _edit_bodies(source: Source, plan: Plan) -> str:
 
 def _lines(site: Site, file: str) -> set[int]:
     operands = [gate.at for gate in site.gates] + [norm.at for norm in site.norms]
+    operands += [site.move.at, *site.move.to] if site.move is not None else []
     operands += [site.skip_gate.at] if site.skip_gate is not None else []
     if site.activation is not None:
         operands.append(site.activation.at)

@@ -17,7 +17,7 @@ from libcst.metadata import CodePosition, CodeRange, MetadataWrapper, ParentNode
 
 from .. import sources
 from ..errors import ConversionError
-from ..plan import Loop, Operand, Scale, Site, Span
+from ..plan import WHOLE, Loop, Move, Operand, Scale, Site, Span
 
 GateSpelling = Callable[[cst.Name, cst.BaseExpression, cst.BaseExpression], cst.BaseExpression]
 """How `alpha` scales an operand; the first argument is the text of the parameter, `self.alpha_attn`."""
@@ -126,6 +126,9 @@ class _GateEdit:
     where: Operand
     loops: tuple[Loop, ...] = ()
     scale: Scale = _ONE
+    move: Move | None = None
+    """The operand is one of several that read what a statement before them has normalized."""
+    carries: Operand | None = None
 
 
 @dataclass(slots=True)
@@ -148,18 +151,15 @@ class _Wanted:
                     if moved is not None:
                         raise ConversionError(f"{moved.span}: no operand is known that the activation could move to")
                     continue
-                change = _GateEdit("" if gate.existing else gate.alpha, moved, gate.at, gate.loops, gate.scale)
+                alpha = "" if gate.existing else gate.alpha
+                change = _GateEdit(alpha, moved, gate.at, gate.loops, gate.scale, carries=gate.carries)
                 if not (gate.existing and moved is None):
                     self._enter(change)
-            for shift in site.shifts:
-                if shift.at is not None:
-                    self._enter(_GateEdit(shift.alpha, None, shift.at, shift.loops, shift.scale))
-            if site.skip_gate is not None:
-                skip = site.skip_gate
-                self._enter(_GateEdit(skip.alpha, None, skip.at, skip.loops, skip.scale))
+            for change in _further(site):
+                self._enter(change)
             calls = [norm.at for norm in site.norms if norm.action == "bypass" and norm.at is not None]
-            for operand in [*calls, *([moved] if moved is not None else [])]:
-                if self._holds(operand):
+            for operand in (*calls, moved, site.move.at if site.move is not None else None):
+                if operand is not None and self._holds(operand):
                     self.bypasses[operand.span, operand.index] = operand
 
     def _enter(self, change: _GateEdit) -> None:
@@ -174,6 +174,20 @@ class _Wanted:
     def _holds(self, operand: Operand) -> bool:
         span = operand.span
         return span.file == self.file and self.first <= span.line and span.end_line <= self.last
+
+
+def _further(site: Site) -> Iterator[_GateEdit]:
+    """The edits of operands besides those by the branches' gates."""
+    for shift in site.shifts:
+        if shift.at is not None:
+            yield _GateEdit(shift.alpha, None, shift.at, shift.loops, shift.scale)
+    if site.move is not None:
+        several = site.move if len(site.move.to) > 1 else None
+        for at in site.move.to:
+            yield _GateEdit("", None if several else site.move.at, at, move=several)
+    if site.skip_gate is not None:
+        skip = site.skip_gate
+        yield _GateEdit(skip.alpha, None, skip.at, skip.loops, skip.scale)
 
 
 def _position(rows: Sequence[str], first_line: int, line: int, col: int) -> CodePosition:
@@ -254,6 +268,13 @@ class _Editor(cst.CSTTransformer):
         """Per `for` clause, the variables that walk lists of alphas."""
         self.walked: dict[tuple[Span, int | str], cst.BaseExpression] = {}
         """The alpha of a gate in loops."""
+        self.normed: dict[Move, str] = {}
+        """The variable of what is normalized for several operands."""
+        self.before: dict[cst.CSTNode, list[cst.SimpleStatementLine]] = {}
+        """New statements, by those that they go before."""
+        for change in wanted.gates.values():
+            if change.move is not None and change.move not in self.normed:
+                self._normalize(change.move)
         for change in wanted.gates.values():
             if change.loops:
                 self._walk(change, loops)
@@ -266,7 +287,7 @@ class _Editor(cst.CSTTransformer):
             value = parenthesised(updated_node.right if bypass.index == 1 else updated_node.left)
             value = _wrap(value) if _spills(value) else value
             return value.with_changes(lpar=[*updated_node.lpar, *value.lpar], rpar=[*value.rpar, *updated_node.rpar])
-        for change in self.gates.get(original_node, ()):
+        for change in self._parts_of(original_node):
             if change.where.index not in (0, 1):
                 raise ConversionError(f"{change.where.span}: a binary operation has no operand {change.where.index!r}")
             side = "right" if change.where.index == 1 else "left"
@@ -274,12 +295,11 @@ class _Editor(cst.CSTTransformer):
             if not isinstance(original_node.operator, (cst.Add, cst.Subtract)):
                 gated = parenthesised(gated)
             updated_node = updated_node.with_changes(**{side: gated})
-        return updated_node
+        return self._around(original_node, updated_node)
 
     def leave_AugAssign(self, original_node: cst.AugAssign, updated_node: cst.AugAssign) -> cst.AugAssign | cst.Assign:
-        changes = self.gates.get(original_node, ())
         target: cst.BaseExpression | None = None
-        for change in changes:
+        for change in self._parts_of(original_node):
             span = change.where.span
             operators = {cst.AddAssign: cst.Add, cst.SubtractAssign: cst.Subtract}
             if type(original_node.operator) not in operators or change.where.index not in (0, 1):
@@ -290,6 +310,8 @@ class _Editor(cst.CSTTransformer):
             if not _is_path(original_node.target):
                 raise ConversionError(f"{span}: a gate on this assignment's target would evaluate it twice")
             target = self._gated(original_node, original_node.target.deep_clone(), change)
+        if self._whole(original_node) is not None and _is_path(original_node.target):
+            target = target or original_node.target.deep_clone()
         if target is None:
             return updated_node
         operator = cst.Add() if isinstance(original_node.operator, cst.AddAssign) else cst.Subtract()
@@ -306,18 +328,36 @@ class _Editor(cst.CSTTransformer):
                     whitespace_after_equal=after,
                 )
             ],
-            value=cst.BinaryOperation(left=target, operator=operator, right=_as_right_operand(updated_node.value)),
+            value=self._around(
+                original_node,
+                cst.BinaryOperation(left=target, operator=operator, right=_as_right_operand(updated_node.value)),
+            ),
             semicolon=updated_node.semicolon,
         )
 
+    def _parts_of(self, node: cst.CSTNode) -> list[_GateEdit]:
+        """The edits of an expression's operands."""
+        return [change for change in self.gates.get(node, ()) if change.where.index != WHOLE]
+
+    def _whole(self, node: cst.CSTNode) -> _GateEdit | None:
+        return next((change for change in self.gates.get(node, ()) if change.where.index == WHOLE), None)
+
+    def _around(self, original: cst.CSTNode, updated: cst.BaseExpression) -> cst.BaseExpression:
+        """The expression, in a call if one goes around it."""
+        change = self._whole(original)
+        if change is None:
+            return updated
+        plain = "\n" not in cst.Module(body=[]).code_for_node(updated)
+        return self._gated(original, _bare(updated) if plain else updated, change)
+
     def leave_Call(self, original_node: cst.Call, updated_node: cst.Call) -> cst.BaseExpression:
-        for change in self.gates.get(original_node, ()):
+        for change in self._parts_of(original_node):
             operand = self._operand(original_node, updated_node, change.where)
             gated = self._gated(original_node, operand, change)
             updated_node = self._with_operand(original_node, updated_node, change.where, gated)
         bypass = self.bypasses.get(original_node)
         if bypass is None:
-            return updated_node
+            return self._around(original_node, updated_node)
         return self._bypassed(original_node, updated_node, bypass)
 
     def leave_Assign(self, original_node: cst.Assign, updated_node: cst.Assign) -> cst.Assign:
@@ -357,7 +397,7 @@ class _Editor(cst.CSTTransformer):
     def leave_IndentedBlock(
         self, original_node: cst.IndentedBlock, updated_node: cst.IndentedBlock
     ) -> cst.IndentedBlock:
-        if not any(statement in self.gone for statement in original_node.body):
+        if not any(statement in self.gone or statement in self.before for statement in original_node.body):
             return updated_node
         kept: list[cst.BaseStatement] = []
         orphans: list[cst.EmptyLine] = []
@@ -369,6 +409,10 @@ class _Editor(cst.CSTTransformer):
             if orphans and isinstance(after, cst.CSTNode) and hasattr(after, "leading_lines"):
                 after = after.with_changes(leading_lines=_joined(orphans, after.leading_lines))
             orphans = []
+            for added in self.before.get(before, ()):
+                assert isinstance(after, cst.SimpleStatementLine)
+                kept.append(added.with_changes(leading_lines=after.leading_lines))
+                after = after.with_changes(leading_lines=[])
             kept.append(after)
         comments = [line for line in orphans if line.comment is not None]
         if not kept:
@@ -390,7 +434,24 @@ class _Editor(cst.CSTTransformer):
         kept[-1] = kept[-1].with_changes(semicolon=cst.MaybeSentinel.DEFAULT)
         return updated.with_changes(body=kept)
 
+    def _normalize(self, move: Move) -> None:
+        """Give what several operands read a variable, `normed = self.norm(x)`, in a statement before them."""
+        first = min(move.to, key=lambda at: at.span)
+        node = self.nodes[first.span]
+        lines = [around for around in _ancestors(node, self.parents) if isinstance(around, cst.SimpleStatementLine)]
+        read = self._read(node, first)
+        if not lines or not isinstance(read, cst.Name):
+            raise ConversionError(f"{first.span}: no statement can normalize what is read here")
+        name = "normed" if "normed" not in self._names(node) else "rezero_normed"
+        value = self._activated(read.deep_clone(), move.at)
+        self.normed[move] = name
+        self.before.setdefault(lines[0], []).append(
+            cst.SimpleStatementLine([cst.Assign([cst.AssignTarget(cst.Name(name))], value)])
+        )
+
     def _gated(self, at: cst.CSTNode, operand: cst.BaseExpression, change: _GateEdit) -> cst.BaseExpression:
+        if change.move is not None:
+            return cst.Name(self.normed[change.move])
         if change.activation is not None:
             operand = self._activated(operand, change.activation)
         if not change.alpha:
@@ -399,6 +460,11 @@ class _Editor(cst.CSTTransformer):
             return product(cst.Name("self"), cst.Float(repr(change.scale.factor)), operand)
         owner = cst.Name(self._first_argument(at, change.where.span))
         alpha = self.walked.get((change.where.span, change.where.index)) or self._attribute(at, change)
+        if change.carries is not None:
+            read = self._read(at, change.carries)
+            computed = cst.Call(cst.Attribute(cst.Call(alpha.deep_clone(), [cst.Arg(read)]), cst.Name("sigmoid")))
+            less = cst.BinaryOperation(parenthesised(operand), cst.Subtract(), read.deep_clone())
+            return product(owner, computed, less)
         if change.scale.map == "shift":
             return cst.BinaryOperation(parenthesised(operand), cst.Add(), alpha.deep_clone())
         return self.spelling(owner, scaled(alpha.deep_clone(), change.scale), operand)
@@ -515,6 +581,19 @@ class _Editor(cst.CSTTransformer):
             assert isinstance(call.func, cst.Attribute)
             return call.func.value
         return call.args[self._argument(original, operand)].value
+
+    def _read(self, node: cst.CSTNode, operand: Operand) -> cst.BaseExpression:
+        """A copy of an operand as it was written."""
+        found: cst.BaseExpression | None = None
+        if isinstance(node, cst.Call):
+            found = self._operand(node, node, operand)
+        elif isinstance(node, cst.BinaryOperation):
+            found = node.left if operand.index == 0 else node.right
+        elif isinstance(node, cst.AugAssign):
+            found = node.target if operand.index == 0 else node.value
+        if found is None:
+            raise ConversionError(f"{operand.span}: no operand {operand.index!r} is there (has the file changed?)")
+        return _bare(found.deep_clone())
 
     def _with_operand(
         self, original: cst.Call, call: cst.Call, operand: Operand, value: cst.BaseExpression

@@ -21,7 +21,8 @@ class Check:
 
     name: str
     """Of a block: "gated", "identity", "finite", "nonzero", "vjp", "alive", "branch-alive". Of the model:
-    "registered", "trainable", "read", "norm-gone", "sealed"; "outputs", "gradients" (equality), "idempotence"."""
+    "registered", "trainable", "read", "norm-gone", "sealed", "placed", "carried"; "outputs", "gradients" (equality),
+    "idempotence"."""
     mode: str
     """"eval", "train" or "structure"."""
     ok: bool

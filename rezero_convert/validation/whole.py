@@ -19,6 +19,7 @@ from ..listing import compact, number
 from ..plan import Options, Site
 from ..rewrite import modules
 from ..rewrite.changes import starts
+from .carried import carried, carrying
 from .looks import (
     Look,
     Subject,
@@ -33,6 +34,7 @@ from .looks import (
     trainable,
 )
 from .measured import MORTAL, with_numbers
+from .placed import asked, placed
 from .results import BlockResult, Check, Validation
 from .running import SEED
 from .sealed import seals
@@ -147,11 +149,14 @@ def _validated(subject: Subject, broken: list[str]) -> Validation:
     if not subject.named:  # hand-written
         names = dict.fromkeys(name for look in looks for block in look.found for name in block.alphas)
         subject = replace(subject, named={name: subject.model.get_parameter(name) for name in names})
-    if not (subject.named or broken):
+    if not (subject.named or broken or asked(subject) or carrying(subject)):
         raise ConversionError(
             f"{type(subject.model).__qualname__}: there is no gate to validate: convert the model first"
         )
-    checks = [
+    checks = [check for look in looks for check in (*placed(subject, look), *carried(subject, look))]
+    if not (subject.named or broken):
+        return Validation(type(subject.model).__qualname__, (), tuple(checks), (), tuple(dict.fromkeys(notes)))
+    checks += [
         Check("registered", "structure", not broken, several("is not a parameter", broken) or all_of(subject.named))
     ]
     checks += trainable(subject, notes)
