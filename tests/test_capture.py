@@ -166,9 +166,11 @@ def test_inferred_inputs() -> None:
         resolve_inputs(Doubling(), None)
     config = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=32, intermediate_size=8)
     vit = ViTModel(config)
+    state = torch.get_rng_state()
     inferred = infer_inputs(vit)
     assert inferred is not None
     assert inferred[1]["pixel_values"].shape == (2, 3, 32, 32)
+    assert torch.equal(torch.get_rng_state(), state)
     t5 = T5Model(T5Config(d_model=8, d_ff=8, d_kv=4, num_layers=1, num_heads=2, vocab_size=6))
     inferred = infer_inputs(t5)
     assert inferred is not None
@@ -255,6 +257,7 @@ def test_transformer_layers_are_inlined() -> None:
     assert owners(trace) == ["", ""]
     assert [node.target for node in named(trace, "MultiheadAttention")] == ["self_attn"]
     assert origin(adds(trace)[0]).frames[0].place.qualname == "TransformerEncoderLayer.forward"
+    assert owners(capture(nn.Sequential(layer), torch.randn(2, 3, 8))) == ["0", "0"]
 
 
 # Values: in-place forms, passthrough, tuples, parameters
@@ -357,6 +360,19 @@ class Tied(nn.Module):
 def test_tied_parameters_stay_tied(rung: Any) -> None:
     trace = record_on(rung, Tied(), (torch.randn(2, 4),), {})
     assert [node.target for node in trace.graph.nodes if node.op == "get_attr"] == ["a.weight"]
+
+
+class TwoInputs(Net):
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + self.lin(y)
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+def test_one_tensor_given_twice_is_one_value(rung: Any) -> None:
+    x = torch.randn(2, 4)
+    trace = record_on(rung, TwoInputs(), (x, x), {})
+    assert [node.name for node in trace.graph.nodes if node.op == "placeholder"] == ["x"]
+    assert trace.root.inputs[0] is trace.root.inputs[1]
 
 
 def test_falls_back_to_real_tensors() -> None:
@@ -658,6 +674,7 @@ class Stateful(Net):
         self.cache: dict[str, Any] = {"a": 1}
         self.seen: set[int] = {1}
         self.plain = torch.zeros(4)
+        self.slots: list[Any] = [0, 1]
         self.steps = 0
         self.fail = False
         self.device = ""
@@ -668,6 +685,7 @@ class Stateful(Net):
         self.plain.add_(1)
         self.norm.running_mean = x.mean(0)
         self.log.append(x)
+        self.slots[0] = x
         self.cache["b"] = x
         self.seen.add(2)
         self.steps += 1
@@ -679,6 +697,7 @@ class Stateful(Net):
         numpy.random.rand()
         torch.rand(1)
         torch.set_grad_enabled(True)
+        torch.set_default_dtype(torch.float64)
         if self.device:
             torch.set_default_device(self.device)
         if self.fail:
@@ -718,6 +737,7 @@ def test_the_model_and_the_world_are_left_alone(rung: Any, fail: bool) -> None:
     assert model.plain is plain
     assert torch.equal(plain, torch.zeros(4))
     assert (model.log, model.cache, model.seen, model.steps) == ([], {"a": 1}, {1}, 0)
+    assert model.slots == [0, 1]
     assert model.training
     assert model.lin.training
     assert not model.norm.training
@@ -727,6 +747,7 @@ def test_the_model_and_the_world_are_left_alone(rung: Any, fail: bool) -> None:
     assert numpy.random.get_state()[1].tolist() == rng[2]  # type: ignore[union-attr]
     assert torch.is_grad_enabled()
     assert torch.get_default_device() == torch.device("cpu")
+    assert torch.get_default_dtype() == torch.float32
     assert torch.backends.mha.get_fastpath_enabled()
     assert nn.Module.__call__ is call
     assert torch._C._len_torch_function_stack() == 0

@@ -672,6 +672,7 @@ def test_adds_of_numbers_and_integers_are_counted_not_listed() -> None:
     found = plan(Scalars(), vectors(), torch.zeros(2, dtype=torch.long))
     assert found.sites == ()
     assert found.scalars == 5
+    assert plan(Latents(), vectors()).scalars == 0
 
 
 class Excited(Net):

@@ -133,6 +133,7 @@ X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
         pytest.param(lambda m, x: m.fc1(x).square(), {}, "square", id="square"),
         pytest.param(lambda m, x: (h := m.fc1(x)) * h, {}, "is a square", id="times-itself"),
         pytest.param(lambda m, x: (h := m.fc1(x)) * h.mean(-1, keepdim=True).sigmoid(), {}, "", id="squeeze-excite"),
+        pytest.param(lambda m, x: (h := m.fc1(x)) * (h > 0), {}, "is also read by gt", id="sign"),
         pytest.param(lambda m, x: 1.0 / m.fc1(x).exp().add(x.abs()), {}, "", id="reciprocal"),
         pytest.param(lambda m, x: m.fc1(m.fc1(x)), {}, "is also read", id="weight-used-twice"),
         pytest.param(

@@ -1163,6 +1163,23 @@ def test_a_zero_layer_beside_the_branch_is_not_touched() -> None:
     assert site.repairs == ()
 
 
+class ZeroBeside(Net):
+    """A path of the branch goes through a layer that is zero, another one does not."""
+
+    def __init__(self) -> None:
+        super().__init__(a=nn.Linear(W, W), gate=nn.Linear(W, W), b=nn.Linear(W, W))
+        nn.init.zeros_(self.gate.weight)
+        nn.init.zeros_(self.gate.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.b(torch.relu(self.a(x)) * torch.sigmoid(self.gate(x)))
+
+
+def test_a_zero_layer_on_one_path_of_the_branch_is_not_touched() -> None:
+    assert block(ZeroBeside(), vectors()).repairs == ()
+    assert not rz.convert(ZeroBeside(), vectors()).gate.weight.any()
+
+
 def test_a_zero_bias_or_a_zero_weight_with_a_bias_is_not_touched() -> None:
     model = LastLinear()
     nn.init.ones_(model.b.bias)

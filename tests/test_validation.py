@@ -273,7 +273,7 @@ def test_encoder_fast_path_bypasses_the_gate() -> None:
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_branch_not_finite(value: float) -> None:
     made = converted(gpt(), gpt_inputs())
-    nn.init.constant_(made[1].mlp[2].bias, value)
+    nn.init.constant_(made[1].mlp[2].bias[:1], value)  # one channel
     assert {"finite eval", "identity eval", "finite train"} <= failed(rz.validate(made, gpt_inputs()))
 
 
@@ -290,6 +290,28 @@ def test_frozen_alpha() -> None:
     result = rz.validate(made, gpt_inputs())
     assert result.failures == ("trainable (structure): 2.alpha_attn is frozen",)
     assert not made[2].alpha_attn.requires_grad
+
+
+class TwoGates(nn.Module):
+    """One branch has a gate already, whose name the other one's ends in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.a = nn.Parameter(torch.full((8,), 0.1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.a * torch.relu(self.one(x)) + torch.relu(self.two(x))
+
+
+def test_frozen_alpha_beside_a_gate_that_was_there() -> None:
+    made = converted(TwoGates(), torch.randn(2, 8))
+    assert [name for name, _ in rz.alphas(made)] == ["a", "alpha"]
+    made.alpha.requires_grad_(False)
+    assert rz.validate(made, torch.randn(2, 8)).failures == ("trainable (structure): alpha is frozen",)
+    made.alpha.requires_grad_(True)
+    made.a.requires_grad_(False)
+    assert rz.validate(made, torch.randn(2, 8)).ok
 
 
 def test_alpha_without_gradient() -> None:

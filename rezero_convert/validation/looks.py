@@ -17,7 +17,7 @@ from ..detect.drafts import is_gated
 from ..detect.flow import Flow, flow
 from ..listing import compact, number
 from ..methods import METHODS
-from ..plan import Options, Plan, Scale, Site, Span
+from ..plan import Gate, Options, Plan, Scale, Site, Span
 from .results import Check
 
 
@@ -359,11 +359,16 @@ def trainable(subject: Subject, notes: list[str]) -> Iterator[Check]:
 
 
 def _is_reused(site: Site, name: str) -> bool:
-    return any(gate.existing and name.endswith(gate.alpha) for gate in site.gates)
+    return any(gate.existing and _is_of(gate, name) for gate in site.gates)
 
 
 def _is_trained(site: Site, name: str) -> bool:
-    return all(gate.trainable for gate in site.gates if any(name.endswith(one) for one in gate.parameters()))
+    return all(gate.trainable for gate in site.gates if _is_of(gate, name))
+
+
+def _is_of(gate: Gate, name: str) -> bool:
+    """Whether a parameter, by its path from the root, is one of a gate's, by their paths from its owner."""
+    return any(f".{name}".endswith(f".{own}") for own in gate.parameters())
 
 
 def structure(subject: Subject, look: Look, looks: list[Look], notes: list[str]) -> Iterator[Check]:
