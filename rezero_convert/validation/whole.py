@@ -162,14 +162,7 @@ def _validated(subject: Subject, broken: list[str]) -> Validation:
     checks += trainable(subject, notes)
     checks += _values(subject, notes)
     asleep: tuple[str, ...] = ()
-    if subject.runs:
-        looks = [measured for look in looks if (measured := with_numbers(subject, look, notes)) is not None]
-        blind = next((look for look in looks if look.undifferentiable), None)
-        if blind is not None and not any(look.mode == "train" for look in looks):
-            raise ConversionError(f"the model cannot be differentiated in any mode: {blind.undifferentiable}")
-    else:
-        why = f"without inputs: {PASS_INPUTS}" if subject.symbolic else "on meta tensors"
-        notes.append(f"only the structure was checked, {why}")
+    looks = _measured(subject, looks, notes)
     for look in looks:
         checks += structure(subject, look, looks, notes)
         if look.mode == "eval":
@@ -182,6 +175,19 @@ def _validated(subject: Subject, broken: list[str]) -> Validation:
     return Validation(
         type(subject.model).__qualname__, _results(looks, notes), tuple(checks), asleep, tuple(dict.fromkeys(notes))
     )
+
+
+def _measured(subject: Subject, looks: list[Look], notes: list[str]) -> list[Look]:
+    """The looks with the checks that take numbers, where there are any."""
+    if not subject.runs:
+        why = f"without inputs: {PASS_INPUTS}" if subject.symbolic else "on meta tensors"
+        notes.append(f"only the structure was checked, {why}")
+        return looks
+    measured = [found for look in looks if (found := with_numbers(subject, look, notes)) is not None]
+    blind = next((look for look in measured if look.undifferentiable), None)
+    if blind is not None and not any(look.mode == "train" for look in measured):
+        raise ConversionError(f"the model cannot be differentiated in any mode: {blind.undifferentiable}")
+    return measured
 
 
 def _results(looks: list[Look], notes: list[str]) -> tuple[BlockResult, ...]:
