@@ -60,7 +60,13 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "DeepseekV2Config": {"num_experts_per_tok": 2, "n_routed_experts": 4, "n_group": 1, "topk_group": 1},  # None
     "GraniteMoeHybridConfig": {"layer_types": ["mamba", "attention"]},  # both kinds in 2 layers
     "xLSTMConfig": {"qk_dim_factor": 1.0},  # its states have the shape of the values
-    "PerceiverConfig": {"num_cross_attention_heads": 1, "num_self_attention_heads": 1},  # divide odd widths
+    "PerceiverConfig": {  # odd widths that heads must divide; 26 layers of 256 latents
+        "num_cross_attention_heads": 1,
+        "num_self_attention_heads": 1,
+        "num_self_attends_per_block": 2,
+        "num_latents": 16,
+        "d_latents": 64,
+    },
     "Qwen4ExpTextConfig": {  # defaults to None
         "indexer_budget": 8,
         "indexer_compress_ratio": 2,
