@@ -247,6 +247,4 @@ def _ends(file: str) -> dict[tuple[int, int], list[ast.expr | ast.stmt]]:
 
 @cached_by_file
 def _functions(file: str) -> tuple[FunctionNode, ...]:
-    return tuple(
-        node for node in nodes(file) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
-    )
+    return tuple(node for node in nodes(file) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)))
