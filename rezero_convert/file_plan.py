@@ -12,7 +12,7 @@ from torch import nn
 
 from . import sources
 from .capture import capture, check_runs, static
-from .detect import detect
+from .detect import detect, outside
 from .errors import ConversionError
 from .methods import METHODS, by_depth
 from .plan import Norm, Options, Plan, Site, Span
@@ -38,6 +38,9 @@ def written(text: str, file: str, options: Options) -> Plan:
     settled = [_norms_of_text(site, kept) for site in sites]
     kept |= _kept_in(settled)
     sites = tuple(_told_by_text(_norms_of_text(site, kept), options) for site in settled)
+    loose = _by_place((site for trace in static.loose(file, traces) for site in outside(trace)), file)
+    told = {site.span for site in sites}
+    sites = tuple(sorted((*sites, *(site for site in loose if site.span not in told)), key=_by_span))
     return Plan(sites, options, "static", sum(plan.scalars for plan in plans), notes)
 
 
@@ -193,6 +196,8 @@ def _unreached(site: Site) -> Site | None:
 
 
 def _by_text(site: Site) -> Site:
+    if not site.place or not site.place.cls:
+        return site
     return dataclasses.replace(site, reason=f"{site.reason} (by its text: the model has no {site.cls})")
 
 

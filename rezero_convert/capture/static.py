@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import ast
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import fx
 
 from .. import sources
 from ..errors import ConversionError
 from ..plan import Place, Span
+from ..sources import FunctionNode
 from . import static_calls, static_expressions, static_statements
 from .facts import Facts
-from .static_core import execute
+from .static_core import evaluate, execute
 from .static_modules import attributes, class_facts
 from .static_names import ClassRef, FunctionRef, Known, Method, dotted, index, is_module, lineage, members, method
 from .static_values import (
@@ -38,9 +39,9 @@ from .static_values import (
     opaque,
     rearrange,
 )
-from .trace import Call, Trace
+from .trace import Call, Trace, origin
 
-__all__ = ["adds", "choice", "classes", "exclusive", "opaque", "rearrange", "traces"]
+__all__ = ["adds", "choice", "classes", "exclusive", "loose", "opaque", "rearrange", "traces"]
 
 _HANDLERS = (static_calls, static_expressions, static_statements)
 """Importing them makes the interpreter's generic functions know their kinds of nodes and values."""
@@ -85,6 +86,72 @@ def traces(file: str, only: frozenset[str] | None = None) -> tuple[Trace, ...]:
         if found is not None and (only is None or name in only)
         for trace in _class_traces(ClassRef(file, name, found.classes[name]))
     )
+
+
+def loose(file: str, seen: Iterable[Trace]) -> Iterator[Trace]:
+    """Traces of the functions with adds, methods of modules aside, that no method of a module is seen to call.
+
+    Args:
+        file: a file that `sources` knows.
+        seen: the traces of its classes.
+    """
+    reached = {span for trace in seen for span in _reached(trace, file)}
+    functions = [node for node in sources.nodes(file) if isinstance(node, FunctionNode)]
+    spans = {node: sources.span_of(file, node.body if isinstance(node, ast.Lambda) else node) for node in functions}
+    own = adds(file, sources.tree(file))
+    for node in functions:
+        added = any(spans[node].contains(span) for span in own)
+        if not added or _is_of_module(file, node) or any(spans[node].contains(span) for span in reached):
+            continue
+        outer = next((one for one in functions if spans[one].contains(spans[node])), node)
+        trace = _loose_trace(file, node, outer)
+        reached.update(_reached(trace, file))
+        yield trace
+
+
+def _reached(trace: Trace, file: str) -> Iterator[Span]:
+    for node in trace.graph.nodes:
+        if node.op != "output":
+            yield from (frame.span for frame in origin(node).frames if frame.span.file == file)
+
+
+def _is_of_module(file: str, node: FunctionNode) -> bool:
+    """Whether a function is a method of a module, or makes an object: one that is not seen adds sizes for that."""
+    if getattr(node, "name", "") == "__init__":
+        return True
+    found = index(file)
+    held = (
+        [ClassRef(file, *item) for item in found.classes.items() if node in item[1].body] if found is not None else []
+    )
+    return any(is_module(cls) for cls in held)
+
+
+def _loose_trace(file: str, node: FunctionNode, outer: FunctionNode) -> Trace:
+    graph = fx.Graph()
+    state = State(graph)
+    qualname = _qualname(file, outer)
+    root = Call("", qualname.rpartition(".")[0], Facts(), None)
+    state.calls.append(root)
+    first = min([outer.lineno, *(decorator.lineno for decorator in getattr(outer, "decorator_list", ()))])
+    place = Place("", qualname, file, first)
+    scope = Scope(state, file, {}, place, None, None, root, active=((node, ""),))
+    if isinstance(node, ast.Lambda):
+        _placeholders(node.args, scope)
+        evaluate(node.body, scope)
+    else:
+        _placeholders(node.args, scope)
+        execute(node.body, scope)
+    graph.output(())
+    return Trace(graph, root, tuple(state.calls), "static", None, tuple(state.notes), state.scalars)
+
+
+def _qualname(file: str, node: FunctionNode) -> str:
+    name = getattr(node, "name", "<lambda>")
+    found = index(file)
+    for qualname, cls in found.classes.items() if found is not None else ():
+        if node in cls.body:
+            return f"{qualname}.{name}"
+    return name
 
 
 def adds(file: str, where: Place | ast.AST) -> tuple[Span, ...]:
@@ -177,7 +244,7 @@ def _trace(cls: ClassRef, found: Method) -> Trace:
 
 
 def _placeholders(signature: ast.arguments, scope: Scope) -> None:
-    """Bind the arguments of an analysed method: tensors, but for those that are plainly something else."""
+    """Bind the arguments of an analysed function: tensors, but for those that are plainly something else."""
     positional = [*signature.posonlyargs, *signature.args]
     defaults: dict[str, ast.expr] = {
         arg.arg: value for arg, value in zip(reversed(positional), reversed(signature.defaults), strict=False)
@@ -185,10 +252,11 @@ def _placeholders(signature: ast.arguments, scope: Scope) -> None:
     for arg, default in zip(signature.kwonlyargs, signature.kw_defaults, strict=True):
         if default is not None:
             defaults[arg.arg] = default
-    assert scope.instance is not None
     assert scope.call is not None
-    scope.env[positional[0].arg if positional else "self"] = scope.instance
-    for arg in (*positional[1:], *signature.kwonlyargs, *([signature.vararg] if signature.vararg else [])):
+    if scope.instance is not None:
+        scope.env[positional[0].arg if positional else "self"] = scope.instance
+        positional = positional[1:]
+    for arg in (*positional, *signature.kwonlyargs, *([signature.vararg] if signature.vararg else [])):
         if is_plain(arg, defaults.get(arg.arg)):
             scope.env[arg.arg] = UNKNOWN
             continue

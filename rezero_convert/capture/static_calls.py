@@ -249,6 +249,10 @@ def _call_known(target: Any, arguments: Arguments, at: ast.expr, scope: Scope) -
         return certain
     if isinstance(target, type):
         return _call_class(target, arguments, at, scope)
+    if target is functools.reduce and len(args) > 1:
+        walked = (*args[2:3], *iterate(args[1], scope, at).items[: scope.state.limits.unroll])
+        step = lambda value, item: apply(args[0], Arguments((value, item)), at, scope)  # noqa: E731
+        return functools.reduce(step, walked) if walked else UNKNOWN
     name = getattr(target, "__name__", "")
     home = str(getattr(target, "__module__", "") or "")
     if not callable(target):

@@ -27,7 +27,7 @@ from .blocks import Block, Nested, Refusal, find, owner_call
 from .drafts import Draft, class_name, is_gated, of_block, relative, request, site_of, unwanted
 from .flow import Flow, flow
 
-__all__ = ["detect"]
+__all__ = ["detect", "outside"]
 
 
 def detect(trace: Trace, options: Options | None = None) -> Plan:
@@ -39,6 +39,21 @@ def detect(trace: Trace, options: Options | None = None) -> Plan:
     """
     with still(trace.model):
         return _plan(trace, options or Options())
+
+
+_OUTSIDE = "the text does not tell which module's alpha would scale it: pass --model and --inputs"
+
+
+def outside(trace: Trace) -> tuple[Site, ...]:
+    """The adds of a function that no method of a module is seen to call: none is rewritten from the text."""
+    facts = flow(trace)
+    blocks, refusals, nested = find(facts, lambda block: False)
+    sites = [replace(site_of(facts, one.sum, "refused", "RZ915"), reason=_OUTSIDE) for one in blocks]
+    sites += [_nested(facts, one) for one in nested]
+    for refusal in refusals:
+        site = _refused(facts, refusal)
+        sites.append(replace(site, code="RZ915", reason=_OUTSIDE) if refusal.code == "RZ902" else site)
+    return tuple(_group(sites))
 
 
 def _plan(trace: Trace, options: Options) -> Plan:

@@ -77,6 +77,9 @@ def loop_of(place: Place, add: Span, weights: Sequence[str], elements: Elements,
         if not run and parts[0].count("*") > len(stars) and len(around) > len(stars):
             continue  # an inner loop whose walk is not understood
         if [clause for clause in around if any(clause is star.clause for star in stars)] == [s.clause for s in stars]:
+            chosen = None if run else next((star for star in stars if _is_chosen(place, star.clause, add)), None)
+            if chosen is not None:
+                return _not_every(_written(place.file, chosen.walked, code.self_name(place)))
             return _walk(place, path, sorted(found) if run else [], elements)
     every = [clause for clause, _ in clauses]
     inside = len(parts) == 1 and any(_match(path, parts[0]) for path in _paths(place, every))
@@ -87,6 +90,23 @@ def loop_of(place: Place, add: Span, weights: Sequence[str], elements: Elements,
     if not around:
         return f"one add for the branches of {named}, and no `for` around it that walks them"
     return f"the loop walks the modules of {named} in a way that a list of alphas cannot be walked beside"
+
+
+def _not_every(written: str) -> Refused:
+    return f"not every pass of the loop over {written} adds its branch"
+
+
+def _is_chosen(place: Place, clause: _Clause, add: Span) -> bool:
+    """Whether a condition on what a loop walks decides which of its passes come to an add."""
+    variables = _names(clause.target)
+    for node in [part for statement in getattr(clause, "body", ()) for part in ast.walk(statement)]:
+        if isinstance(node, (ast.If, ast.IfExp)) and _names(node.test) & variables:
+            arms = [*node.body, *node.orelse] if isinstance(node, ast.If) else [node.body, node.orelse]
+            held = any(sources.span_of(place.file, arm).contains(add) for arm in arms)
+            left = any(isinstance(part, (ast.Continue, ast.Break)) for arm in arms for part in ast.walk(arm))
+            if held or (left and sources.span_of(place.file, node) < add):
+                return True
+    return False
 
 
 def _clauses(place: Place) -> list[tuple[_Clause, Sequence[ast.expr | ast.stmt]]]:
@@ -287,7 +307,7 @@ def _walk(place: Place, path: _Path, found: list[tuple[str, ...]], elements: Ele
             walked = [held[n] for n in _range(star.walked, [held.index(name) for name in own], len(held))]
             counts = star.index and level + 1 == len(stars)  # a list beside an outer loop is walked in every pass
             if set(walked) != set(own) and not (counts and set(walked[: len(own)]) == set(own)):
-                return f"not every pass of the loop over {written} adds its branch"
+                return _not_every(written)
             numbers |= {(*prefix, name): walked.index(name) for name in own}
         counted = level + 1 < len(stars) and star.variable == star.index
         modules = f"range(len({written}))" if counted else written
