@@ -70,20 +70,15 @@ def recorded(text: str, file: str, model: nn.Module, example_inputs: Any, option
     return dataclasses.replace(plan, sites=tuple(sites))
 
 
-_NO_TEXT = "a start value that code elsewhere may set again is not to be changed in a file: convert the model in memory"
-
-
 def _told_by_text(site: Site, options: Options, *, recorded: bool = False) -> Site:
     """The site, refused where its gates depend on more than the text of a class."""
     if site.verdict != "converted":
         return site
-    if recorded and not (METHODS[options.method].norm_gate or METHODS[options.method].biases):
+    if recorded:
         return site
-    if by_depth(options) and not METHODS[options.method].biases:
+    if by_depth(options):
         reason = f"method {options.method!r} depends on the number of blocks: pass --model and --inputs"
         reason += "" if METHODS[options.method].by_site else ", or alpha_init"
-    elif METHODS[options.method].norm_gate or METHODS[options.method].biases:
-        return dataclasses.replace(site, **{**_REFUSED, "code": "RZ919"}, reason=_NO_TEXT)
     elif any(gate.shape == (0,) and (gate.loops or not gate.size) for gate in site.gates):
         reason = "the text does not tell how many channels the branch has: pass --model and --inputs"
     else:

@@ -140,6 +140,8 @@ class Gate:
     """The branch as written in the source."""
     existing: bool = False
     """The gate was in the model; only its value changes."""
+    of_norm: bool = False
+    """An existing gate that is the weight of a norm."""
     conditional: bool = False
     """An existing gate that the class makes only under a condition (source route: the alpha is added all the same)."""
     init: float | None = 0.0
@@ -229,6 +231,8 @@ class Repair:
     certain: bool = True
     """It is zero now; False where a statement of the file may make it so (static route)."""
     factor: float = 1.0
+    owner: tuple[str, str] | None = None
+    """Path and class of the module below which it is, if that is not the one that adds."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -280,6 +280,29 @@ def test_bert_and_gpt2() -> None:
     torch.testing.assert_close(block(h), block.ln_2(x + block.mlp(x)))
 
 
+@torch.no_grad()
+def test_bart_becomes_mbart() -> None:
+    """Whose layers are BART's with the norms before the branches."""
+    from transformers import BartConfig, BartModel, MBartConfig, MBartModel
+
+    torch.manual_seed(0)
+    small: dict[str, Any] = {"vocab_size": 50, "d_model": 8, "encoder_layers": 2, "decoder_layers": 2}
+    small |= {
+        f"{part}_{what}": size
+        for part in ("encoder", "decoder")
+        for what, size in (("attention_heads", 2), ("ffn_dim", 16))
+    }
+    bart, mbart = BartModel(BartConfig(**small)).eval(), MBartModel(MBartConfig(**small)).eval()
+    made = rz.convert(bart, {"input_ids": torch.randint(0, 50, (1, 5))}, method="pre-norm")
+    h, memory = torch.randn(1, 5, 8), torch.randn(1, 5, 8)
+    for own, other in zip(made.encoder.layers, mbart.encoder.layers, strict=True):
+        other.load_state_dict(own.state_dict())
+        assert torch.equal(own(h, None), other(h, None))
+    for own, other in zip(made.decoder.layers, mbart.decoder.layers, strict=True):
+        other.load_state_dict(own.state_dict())
+        assert torch.equal(own(h, encoder_hidden_states=memory), other(h, encoder_hidden_states=memory))
+
+
 # Routes
 
 
@@ -363,8 +386,8 @@ class Child(nn.Module):
         super().__init__()
         self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return torch.tanh(self.a(x)) * self.b(x)
+    def forward(self, x: Tensor, mask: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        return torch.tanh(self.a(x)) * self.b(x) * scale
 
 
 class Parent(nn.Module):
@@ -372,9 +395,9 @@ class Parent(nn.Module):
         super().__init__()
         self.norm, self.child = nn.LayerNorm(4), Child()
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
         residual = x
-        x = self.child(x, mask=mask)
+        x = self.child(x, mask=None, **options)
         return self.norm(residual + x)
 
 

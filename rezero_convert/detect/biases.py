@@ -79,6 +79,12 @@ def _parameters(flow: Flow, node: int) -> list[str]:
     return [name for name in names if name and (text or gates.parameter(flow, name) is not None)]
 
 
+def _owner(flow: Flow, parameter: str) -> tuple[str, str]:
+    """Path and class of the module that holds the layer which a parameter is of."""
+    path = parameter.rpartition(".")[0].rpartition(".")[0]
+    return path, type(flow.module(path)).__qualname__
+
+
 def headed(flow: Flow, sites: list[Site], options: Options) -> list[Site]:
     """The sites, where the method wants it with a zero classifier: the linear layer that the model returns."""
     own = [site for site in sites if site.verdict == "converted"]
@@ -90,6 +96,6 @@ def headed(flow: Flow, sites: list[Site], options: Options) -> list[Site]:
         while node is not None and flow.facts[node].kind in ("layout", "dropout") and len(flow.inputs[node]) == 1:
             node = flow.inputs[node][0]
         if node is not None and flow.facts[node].kind == "linear" and has_weight(flow, node):
-            repairs += [Repair(name, "zeros") for name in _parameters(flow, node)]
+            repairs += [Repair(name, "zeros", owner=_owner(flow, name)) for name in _parameters(flow, node)]
     last = own[-1]
     return [replace(one, repairs=(*one.repairs, *repairs)) if one is last else one for one in sites]

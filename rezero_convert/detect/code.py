@@ -409,6 +409,20 @@ def is_zeroed(file: str, path: str) -> bool:
     return any(fnmatchcase(path, pattern) for pattern in zeroed(file))
 
 
+@sources.cached
+def is_zeroed_by(file: str, qualname: str, path: str) -> bool:
+    """Whether a class's constructor, whatever its arguments, fills what has this path on `self` with zeros."""
+    definition = sources.class_of(file, qualname)
+    for method in definition.body if definition is not None else ():
+        if isinstance(method, ast.FunctionDef) and method.name == "__init__":
+            for statement in method.body:
+                call = statement.value if isinstance(statement, ast.Expr) else None
+                zero = isinstance(call, ast.Call) and call.args and _initialises(call) and _fills_zero(call)
+                if zero and isinstance(call, ast.Call) and is_path(call.args[0], first_argument(method), path):
+                    return True
+    return False
+
+
 def _fills_zero(call: ast.Call) -> bool:
     name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
     if name in ("zeros_", "zero_"):

@@ -257,11 +257,12 @@ def _gate(
         if inside and not found.conditional:
             name = relative(found.parameter, site.path)
             if METHODS[options.method].norm_gate:
-                return Gate(None, name, child, written, True, False, start), _norm_bias(flow, found), last or ""
+                gate = Gate(None, name, child, written, existing=True, of_norm=True, init=start)
+                return gate, _norm_bias(flow, found), last or ""
             shape = flow.shape(found.root) or (1,)
-            return Gate(None, name, child, written, True, False, start, shape), [], last or ""
+            return Gate(None, name, child, written, existing=True, init=start, shape=shape), [], last or ""
         if inside:
-            return Gate(at, "", child, written, False, True, start), [], last or ""
+            return Gate(at, "", child, written, conditional=True, init=start), [], last or ""
     repair = [Repair(found.parameter, "ones")] if found is not None and found.zero and moved else []
     shape, scale, size = _channels(flow, branch, site, options)
     gate = Gate(at, "", child, written, init=1.0 if start is None else start, shape=shape, scale=scale, size=size)

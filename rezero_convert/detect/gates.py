@@ -85,7 +85,16 @@ def last_norm(flow: Flow, branch: Branch) -> Found | None:
     value = parameter(flow, path) if path else None
     if not path or (flow.trace.model is not None and not isinstance(value, nn.Parameter)):
         return None
-    return Found("channel", path, node, is_zero(value))
+    return Found("channel", path, node, is_zero(value) or _starts_at_zero(flow, node, path))
+
+
+def _starts_at_zero(flow: Flow, node: int, path: str) -> bool:
+    """Whether the class that calls a norm has set its weight to zero, as far as text tells."""
+    frames = flow.steps[node].frames if node in flow.steps else flow.origin(node).frames
+    if flow.trace.model is not None or not frames or frames[0].owner is None:
+        return False
+    name = path.removeprefix(f"{frames[0].owner}." if frames[0].owner else "")
+    return code.is_zeroed_by(frames[0].place.file, frames[0].place.cls, name)
 
 
 def _same_scale(flow: Flow, node: int) -> int | None:

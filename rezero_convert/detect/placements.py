@@ -203,15 +203,12 @@ def _passed(flow: Flow, call: Call, entry: int, frame: Frame, site: Site) -> Ite
     if not isinstance(written, ast.Call) or not any(given):
         raise _Fixed(f"{call.path} reads the stream, which is not among its arguments")
     places: list[tuple[int | str, ast.expr]] = [*enumerate(written.args)]
-    places += [(one.arg or "", one.value) for one in written.keywords]
-    if len(places) != len(given):  # some are no tensors: which, the names tell
-        names = _aliases(site)
+    places += [(one.arg, one.value) for one in written.keywords if one.arg is not None]
+    if len(places) != len(given) or any(one.arg is None for one in written.keywords):
+        names = _aliases(site)  # some are no tensors, or not written out: the stream is told by its name
         alike = [isinstance(value, ast.Name) and value.id in names for _, value in places]
         given = alike if sum(alike) == sum(given) else []
-    spread = any(isinstance(one, ast.Starred) for one in written.args) or any(
-        one.arg is None for one in written.keywords
-    )
-    if spread or not given:
+    if not given or any(isinstance(one, ast.Starred) for one in written.args):
         raise _Fixed(f"which argument of {call.path} is the stream, its text does not tell")
     for (index, _), is_stream in zip(places, given, strict=True):
         if is_stream:

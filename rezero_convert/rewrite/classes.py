@@ -264,7 +264,7 @@ def init_calls(source: Source, family: list[ast.ClassDef], attribute: str) -> li
     def visit(body: list[ast.stmt], known: frozenset[str]) -> None:
         for stmt in body:
             if isinstance(stmt, ast.Expr) and isinstance(stmt.value, ast.Call):
-                target = _set_by(stmt.value)
+                target = set_by(stmt.value)
                 if target is not None and len(target) >= 2 and target[0] in known and target[1] == attribute:
                     found.append(InitCall(stmt, stmt.value, target[2:]))
             elif isinstance(stmt, ast.ClassDef):
@@ -305,7 +305,7 @@ def _tested(test: ast.expr, names: set[str]) -> set[str]:
     return found
 
 
-def _set_by(call: ast.Call) -> tuple[str, ...] | None:
+def set_by(call: ast.Call) -> tuple[str, ...] | None:
     """What an initializing call fills: the argument of `nn.init.zeros_(x)`, the receiver of `x.data.fill_(0)`."""
     if not last_name(call.func).endswith("_") or last_name(call.func).endswith("__"):
         return None

@@ -7,7 +7,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from ..errors import ConversionError
-from ..plan import Gate, Norm, Operand, Plan, Site, Span
+from ..plan import Gate, Norm, Operand, Plan, Repair, Site, Span
 from .classes import attribute_chain, last_name, nested_suites
 from .splice import Function, Source, class_at
 
@@ -26,6 +26,8 @@ class Jobs:
     biases: tuple[tuple[int, str], ...]
     repairs: tuple[tuple[int, str, str, bool], ...]
     """Parameter, how, and whether it certainly starts at zero."""
+    starts: tuple[tuple[int, str, str, float], ...] = ()
+    """Parameter, how it is to start, and a factor."""
 
 
 def collect(source: Source, plan: Plan, file: str) -> Jobs:
@@ -36,8 +38,10 @@ def collect(source: Source, plan: Plan, file: str) -> Jobs:
     slots: dict[tuple[int, str], None] = {}
     biases: dict[tuple[int, str], None] = {}
     repairs: dict[tuple[int, str, str], bool] = {}
+    starts: dict[tuple[int, str], tuple[str, float]] = {}
     for site in sorted(plan.edited, key=lambda s: (s.span is None, s.span or Span("", 0, 0, 0, 0))):
-        for gate in sorted(site.gates, key=lambda g: (g.at is None, g.at.span if g.at else Span("", 0, 0, 0, 0))):
+        gates_of = sorted(site.gates, key=lambda g: (g.at is None, g.at.span if g.at else Span("", 0, 0, 0, 0)))
+        for gate in (*gates_of, *site.shifts):
             if gate.at is not None and gate.at.span.file == file and not gate.existing:
                 index = _owner(source, gate.at.span, f"the gate of {gate.branch}")
                 known = gates.get((index, gate.alpha))
@@ -50,13 +54,14 @@ def collect(source: Source, plan: Plan, file: str) -> Jobs:
             elif gate.existing and site.span is not None and site.span.file == file:
                 path = _of_all_passes(site, gate)
                 index = _instance_class(source, site, path)
-                existing.setdefault((index, path), dataclasses.replace(gate, alpha=path))
+                if gate.of_norm:
+                    starts[index, path] = ("zeros", 1.0)
+                else:
+                    existing.setdefault((index, path), dataclasses.replace(gate, alpha=path))
         for norm in site.norms:
             _norm_jobs(source, site, norm, dropped, slots, biases)
         for repair in site.repairs if site.span is not None and site.span.file == file else ():
-            index = _instance_class(source, site, repair.parameter)
-            key = (index, _relative(site, repair.parameter), repair.how)
-            repairs[key] = repair.certain or repairs.get(key, False)
+            _repair_job(source, site, repair, repairs, starts)
     return Jobs(
         tuple((index, gate, bound) for (index, _), (gate, bound) in gates.items()),
         tuple((index, gate) for (index, _), gate in existing.items()),
@@ -65,7 +70,29 @@ def collect(source: Source, plan: Plan, file: str) -> Jobs:
         tuple(slots),
         tuple(biases),
         tuple((*key, certain) for key, certain in repairs.items()),
+        tuple((*key, *how) for key, how in starts.items()),
     )
+
+
+def _repair_job(
+    source: Source,
+    site: Site,
+    repair: Repair,
+    repairs: dict[tuple[int, str, str], bool],
+    starts: dict[tuple[int, str], tuple[str, float]],
+) -> None:
+    if repair.owner is not None:
+        path, cls = repair.owner
+        site = dataclasses.replace(site, path=path, cls=cls, span=None)
+    index = _instance_class(source, site, repair.parameter)
+    parameter = _relative(site, repair.parameter)
+    if repair.how in ("zeros", "scaled"):
+        how = (repair.how, repair.factor)
+        if starts.setdefault((index, parameter), how) != how:
+            raise ConversionError(f"{site.span}: {parameter} is to start from different values, but shares one text")
+        return
+    key = (index, parameter, repair.how)
+    repairs[key] = repair.certain or repairs.get(key, False)
 
 
 def _start(gate: Gate) -> tuple[object, ...]:

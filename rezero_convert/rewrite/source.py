@@ -22,6 +22,7 @@ from .leftovers import leftovers
 from .norms import bias_edits, check_reads, drop, repair, slot_edits
 from .pretrained import pretrained_edits
 from .splice import Edit, Source, apply, parse, remove
+from .starts import start_edits
 from .text import edit as edit_functions
 from .text import product
 
@@ -84,7 +85,7 @@ def _edit_bodies(source: Source, plan: Plan) -> str:
 
 
 def _lines(site: Site, file: str) -> set[int]:
-    operands = [gate.at for gate in site.gates] + [norm.at for norm in site.norms]
+    operands = [gate.at for gate in (*site.gates, *site.shifts)] + [norm.at for norm in site.norms]
     operands += [site.move.at, *site.move.to] if site.move is not None else []
     operands += [site.skip_gate.at] if site.skip_gate is not None else []
     if site.activation is not None:
@@ -112,6 +113,8 @@ def _class_edits(source: Source, jobs: Jobs) -> tuple[list[Edit], list[str]]:
         leaves |= found
         edits += changed
         notes += said
+    for index, path, how, factor in jobs.starts:
+        edits += start_edits(source, source.classes[index], path, how, factor, names)
     for index, path, how, certain in jobs.repairs:
         found, changed, said = repair(source, source.classes[index], path, how, names)
         leaves |= found

@@ -97,12 +97,19 @@ class Subject:
     def closing(self) -> list[nn.Parameter]:
         """What is 0 when all branches are shut: the gates, and the biases beside those that are weights of norms."""
         found = dict(self.named)
-        for prefix, plan in self.plans if self.plans else ():
-            for site in plan.converted if METHODS[plan.options.method].norm_gate else ():
-                for gate in site.gates:
-                    name = f"{joined(prefix, site.path, gate.alpha).rpartition('.')[0]}.bias"
-                    bias = parameter_at(self.model, name)
-                    found |= {} if bias is None else {name: bias}
+        norms = [
+            joined(prefix, site.path, gate.alpha)
+            for prefix, plan in self.plans
+            for site in plan.converted
+            for gate in site.gates
+            if gate.of_norm
+        ]
+        if not self.plans and METHODS[self.options.method].norm_gate:
+            norms += self.named
+        for name in norms:
+            beside = f"{name.rpartition('.')[0]}.bias"
+            bias = parameter_at(self.model, beside)
+            found |= {} if bias is None else {beside: bias}
         return list(found.values())
 
     symbolic: bool = False
@@ -155,14 +162,15 @@ def _known_gate(
     """A branch's gate with its name, if registered; else any gate of one number, or zero now, is taken for one."""
     gate = gates.existing(flow, branch)
     norm = gates.last_norm(flow, branch) if gate is None else None
-    if norm is not None and id(gates.parameter(flow, norm.parameter)) in known:
+    asked = not known and METHODS[subject.options.method].norm_gate
+    if norm is not None and (asked or id(gates.parameter(flow, norm.parameter)) in known):
         gate = norm
     if gate is None or gate.kind in ("input", "offset"):
         return None
     parameter = gates.parameter(flow, gate.parameter)
     if known:
         return (gate, known[id(parameter)]) if id(parameter) in known else None
-    wanted = gate.kind == "scalar" or gate.zero or subject.options.granularity == "channel"
+    wanted = gate.kind == "scalar" or gate.zero or asked or subject.options.granularity == "channel"
     gated = wanted and isinstance(parameter, nn.Parameter)
     return (gate, gate.parameter) if gated else None
 
@@ -175,7 +183,7 @@ def _block(
     site = _site(subject, [name for _, _, name in own], span)
     kept = _keeps_tail(site) if site is not None else not subject.plans and subject.options.activation == "keep"
     chosen = {"vjp"} if kept else set()
-    if any(name in subject.preserved for _, _, name in own) or (site is not None and site.shifts):
+    if any(name in subject.preserved for _, _, name in own) or _has_zeros(subject, site):
         chosen |= {"nonzero", "alive", "branch-alive"}
     branches = tuple(
         Branch(
@@ -212,6 +220,11 @@ def _site(subject: Subject, names: list[str], span: Span | None) -> Site | None:
     sites = [site for name in names for site in subject.sites.get(name, ())]
     line = span.line if span is not None else 0
     return min(sites, key=lambda site: abs(site.span.line - line) if site.span is not None else line, default=None)
+
+
+def _has_zeros(subject: Subject, site: Site | None) -> bool:
+    """Whether the branch's last layer starts at zero by the method."""
+    return bool(site.shifts) if site is not None else METHODS[subject.options.method].biases
 
 
 def _keeps_tail(site: Site) -> bool:
