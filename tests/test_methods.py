@@ -127,7 +127,7 @@ def test_a_method_that_cannot_be_written_is_refused_with_the_reason(method: str)
         rz.convert(nn.Linear(2, 2), torch.randn(1, 2), method=method)
 
 
-@pytest.mark.parametrize("method", ["rescalenet", "gated-authors"])
+@pytest.mark.parametrize("method", ["rescalenet", "gated-authors", "zero-gamma", "fixup"])
 def test_preserving_is_refused_where_no_gate_preserves(method: str) -> None:
     model, x = relatives.made("dense")
     with pytest.raises(rz.ConversionError, match="changes what a block computes at any gate"):
