@@ -340,8 +340,9 @@ def test_validation_tells_of_gates_that_were_overwritten() -> None:
     assert note.startswith("4 of 4 gates are not at their start values (largest: 1)")
 
 
-def test_validation_fails_on_gates_that_are_not_finite() -> None:
-    model = moved(rz.convert(gpt2(), IDS), float("nan"))
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_validation_fails_on_gates_that_are_not_finite(value: float) -> None:
+    model = moved(rz.convert(gpt2(), IDS), value)
     assert any(failure.startswith("finite (structure): ") for failure in rz.validate(model, IDS).failures)
 
 

@@ -123,7 +123,7 @@ def gradients(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
 # What is refused
 
 
-@pytest.mark.parametrize("method", ["rescalenet", "gated-authors", "highway", "pre-norm"])
+@pytest.mark.parametrize("method", ["rescalenet", "gated-authors", "zero-gamma", "fixup", "highway", "pre-norm"])
 def test_preserving_is_refused_where_no_gate_preserves(method: str) -> None:
     model, x = relatives.made("dense")
     with pytest.raises(rz.ConversionError, match="changes what a block computes at any gate"):

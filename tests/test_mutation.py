@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from mutation import FAULTS
+from mutation.__main__ import main
 from mutation.fault import PACKAGE, Fault, copied, failing_without, failures, spoiled, tried
 
 ROOT = Path(__file__).parents[1]
@@ -67,7 +68,7 @@ def test_the_names_of_failed_tests() -> None:
 def test_a_fault_fits(fault: Fault) -> None:
     assert spoiled(fault, ROOT / PACKAGE) != (ROOT / PACKAGE / fault.file).read_text()
     for test in fault.tests.split():
-        file, _, name = test.partition("::")
+        file, _, name = test.partition("[")[0].partition("::")
         assert not name or name in DEFINED[file]
         assert file in DEFINED
 
@@ -80,3 +81,8 @@ def test_there_are_faults_of_every_part() -> None:
     assert files >= {
         f"validation/{name}.py" for name in ("equality", "looks", "measured", "results", "sealed", "whole")
     }
+
+
+@pytest.mark.slow
+def test_every_fault_is_caught() -> None:
+    assert main([]) == 0

@@ -92,6 +92,12 @@ def failed(result: rz.Validation) -> set[str]:
     return {f"{check.name} {check.mode}" for check in every if not (check.ok or check.choice)}
 
 
+def of_gate(result: rz.Validation, name: str) -> set[str]:
+    """The checks that fail of the block with this gate."""
+    (block,) = (block for block in result.blocks if name in block.alphas)
+    return {f"{check.name} {check.mode}" for check in block.checks if not check.ok}
+
+
 def names(result: rz.Validation) -> set[str]:
     return {one.split()[0] for one in failed(result)}
 
@@ -135,6 +141,20 @@ def test_gate_on_the_skip_too() -> None:
     result = rz.validate(model, torch.randn(2, 8))
     assert failed(result) == {"gated eval", "gated train"}
     assert "a gate scales the skip" in result.failures[0]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_small_constant_beside_the_gate(inplace: bool) -> None:
+    """No graph shows it, and the gradients are those of the identity; the sum is not."""
+    made = converted(nn.Sequential(nn.Linear(8, 16), zoo.Block(16)), torch.randn(2, 8))
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        branch = self.alpha * torch.relu(self.linear(x.clone()))
+        branch.data.add_(1e-4)
+        return x.add_(branch) if inplace else x + branch
+
+    replace_forward(made[1], forward)
+    assert failed(rz.validate(made, torch.randn(2, 8))) == {"identity eval", "identity train"}
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -274,7 +294,9 @@ def test_encoder_fast_path_bypasses_the_gate() -> None:
 def test_branch_not_finite(value: float) -> None:
     made = converted(gpt(), gpt_inputs())
     nn.init.constant_(made[1].mlp[2].bias[:1], value)  # one channel
-    assert {"finite eval", "identity eval", "finite train"} <= failed(rz.validate(made, gpt_inputs()))
+    result = rz.validate(made, gpt_inputs())
+    assert {"finite eval", "identity eval", "finite train"} <= failed(result)
+    assert "finite eval" in of_gate(result, "1.alpha_mlp")
 
 
 def test_branch_with_an_infinite_slope() -> None:
@@ -656,7 +678,9 @@ def test_tied_weights_are_not_taken_for_a_branchs() -> None:
             return self.head(self.block(x))
 
     made = converted(Tied(), torch.randn(2, 16))
-    assert rz.validate(made, torch.randn(2, 16)).ok
+    result = rz.validate(made, torch.randn(2, 16))
+    assert result.ok
+    assert "sealed" in [check.name for check in result.checks]  # with the branch's own bias
 
 
 def test_outputs_from_inside_a_branch_are_not_sealed() -> None:
