@@ -124,7 +124,7 @@ FAULTS = (
     Fault(
         "biases of norms that are gates stay open",
         LOOKS,
-        "found |= {} if bias is None else {name: bias}",
+        "found |= {} if bias is None else {beside: bias}",
         "found |= {}",
         "test_methods.py::test_zero_gamma_shuts_a_trained_norm_and_needs_one",
     ),

@@ -131,15 +131,15 @@ FAULTS = (
     Fault(
         "a method with biases preserves",
         METHODS,
-        'self.skip == "one" and not (self.norm_gate or self.biases)\n\n    @property\n    def by_site',
-        'self.skip == "one" and not self.norm_gate\n\n    @property\n    def by_site',
+        "other = self.norm_gate or self.biases or self.placement",
+        "other = self.norm_gate or self.placement",
         "test_methods.py::test_preserving_is_refused_where_no_gate_preserves",
     ),
     Fault(
         "a loop has one factor for all passes",
         METHODS,
-        "if method.by_site and _is_walked(site)",
-        "if not method.by_site and _is_walked(site)",
+        'if (method.by_site or method.map == "carry") and _is_walked(site)',
+        'if method.map == "carry" and _is_walked(site)',
         "test_methods.py::test_a_block_without_a_place_for_the_form_is_refused",
     ),
     Fault(
