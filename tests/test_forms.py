@@ -1138,14 +1138,26 @@ class LastFused(Net):
         return x + self.bn(self.conv(x))
 
 
+class ZeroFactor(Net):
+    """A gated linear unit whose gate is zero, as xLSTM's is in transformers: no gradient would ever pass it."""
+
+    def __init__(self) -> None:
+        super().__init__(gate=nn.Linear(W, W, bias=False), up=nn.Linear(W, W), down=nn.Linear(W, W, bias=False))
+        nn.init.zeros_(self.gate.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.nn.functional.silu(self.gate(x)) * self.up(x))
+
+
 @pytest.mark.parametrize(
     ("make", "x", "parameter", "how"),
     [
+        (ZeroFactor, vectors(), "gate.weight", "reset"),
         (LastNorm, images(), "bn.weight", "ones"), (LastFused, images(), "bn.weight", "ones"),
         (LastLinear, vectors(), "b.weight", "reset"),
         (LastGain, images(), "last.gain", "ones"),
     ],
-    ids=["norm weight", "norm with activation", "linear", "gain"],
+    ids=["gate of a linear unit", "norm weight", "norm with activation", "linear", "gain"],
 )  # fmt: skip
 def test_a_zero_initialised_last_layer_is_repaired(make: Any, x: Tensor, parameter: str, how: str) -> None:
     site = block(make(), x)

@@ -19,6 +19,7 @@ from .patterns import POINTWISE
 from .sums import weight
 
 _ZERO_AT_ZERO = frozenset({"tanh", "sin", "neg", "relu"})
+_ZERO_ACTIVATIONS = frozenset("relu relu6 leaky_relu leakyrelu gelu silu mish elu selu celu hardswish tanh".split())
 _GATE_STEPS = frozenset({"mul", "div"})
 
 
@@ -240,9 +241,10 @@ def _computing_layer(flow: Flow, node: int) -> int | None:
 def repairs(flow: Flow, branch: Branch) -> Iterator[Repair]:
     """The zero-initialised layers that make a branch zero as a whole, with what undoes that.
 
-    Only layers that every path of the branch crosses count.
+    Only layers that every path of the branch crosses count, and those that make a factor of it (xLSTM's SwiGLU).
     """
-    for node in branch.cuts:
+    factors = [layer for node in branch.cuts if flow.name(node) == "mul" for layer in _factors(flow, node, branch)]
+    for node in (*branch.cuts, *factors):
         target = flow.nodes[node]
         if flow.trace.model is None:
             yield from _written_repairs(flow, node)
@@ -251,6 +253,20 @@ def repairs(flow: Flow, branch: Branch) -> Iterator[Repair]:
             yield from _layer_repairs(flow, path, flow.facts[node].kind)
         elif flow.facts[node].kind in ("linear", "norm"):
             yield from _function_repairs(flow, node)
+
+
+def _factors(flow: Flow, product: int, branch: Branch) -> Iterator[int]:
+    """The layers of the branch whose outputs are factors of a product, perhaps through activations that keep a zero."""
+    for node in flow.inputs[product]:
+        while node in branch.region[1:] and _keeps_zero(flow, node):
+            (node,) = flow.inputs[node]
+        if node in branch.region[1:] and node not in branch.cuts and flow.facts[node].kind == "linear":
+            yield node
+
+
+def _keeps_zero(flow: Flow, node: int) -> bool:
+    kind, name = flow.facts[node].kind, flow.name(node).lower()
+    return len(flow.inputs[node]) == 1 and (kind in ("layout", "dropout") or name in _ZERO_ACTIVATIONS)
 
 
 def _written_repairs(flow: Flow, node: int) -> Iterator[Repair]:
