@@ -131,6 +131,9 @@ def _of_lists(op: ast.operator, left: Value, right: Value, at: ast.expr | ast.Au
         if isinstance(left, Tup) and isinstance(right, Tup):
             joined = builtins.extend(left, right, scope)
             return dataclasses.replace(joined, exact=joined.exact and scope.loops == 0)
+        for value in (left, right):
+            if isinstance(value, Tup) and not value.exact:  # a list that was collected, no function's results
+                return value
         if isinstance(written, (ast.Tuple, ast.List)):  # the left side is some list we know nothing of
             return right
         if isinstance(left, Tup) and not any(nodes_of(left)) and not isinstance(right, fx.Node):
@@ -274,9 +277,9 @@ def _comprehension(node: ast.ListComp | ast.GeneratorExp | ast.SetComp, scope: S
     saved = dict(scope.env)
     sources_ = [iterate(evaluate(node.generators[0].iter, scope), scope, node)]
     results: list[Value] = []
-    only = len(node.generators) == 1 and (scope.state.exact or not node.generators[0].ifs)
+    only = len(node.generators) == 1
     unrolled = only and sources_[0].exact and len(sources_[0].items) <= scope.state.limits.unroll
-    exact = unrolled
+    exact = unrolled and (scope.state.exact or not node.generators[0].ifs)
     scope.loops += 1
     for item in sources_[0].items if unrolled else sources_[0].items[:1]:
         assign(node.generators[0].target, item, scope)

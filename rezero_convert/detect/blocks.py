@@ -302,10 +302,10 @@ def _parted_from(flow: Flow, nodes: list[int]) -> int | None:
 
 def _common_source(flow: Flow, arms: list[int]) -> int | None:
     """The last value that all arms of a choice are linear functions of, be one by a module of unknown class."""
-    ends = {end for arm in arms for end in _arms(flow, arm)}
 
     def step(node: int) -> int | None:
-        unknown = node in ends and flow.nodes[node].op == "call_module" and flow.facts[node].kind == "other"
+        is_arm = any(flow.name(user) == "choice" for user in flow.users[node])
+        unknown = is_arm and flow.nodes[node].op == "call_module" and flow.facts[node].kind == "other"
         return flow.inputs[node][0] if unknown and len(flow.inputs[node]) == 1 else _linear_source(flow, node)
 
     return _met(flow, arms, step)

@@ -57,3 +57,24 @@ class Pooled(nn.Module):
 
     def forward(self, x):
         return self.shortcut(x) + self.alpha * self.mlp(x)
+
+
+class Given(nn.Module):
+    """What comes before the projection, and the projection, may each be there or not."""
+
+    def __init__(self, width, drop, downsample):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.alpha = nn.Parameter(torch.zeros(1))
+        self.drop = drop
+        self.downsample = downsample
+
+    def forward(self, x):
+        shortcut = x
+        out = torch.relu(self.conv(x))
+        if self.drop is not None:
+            x = self.drop(x)
+        if self.downsample is not None:
+            shortcut = self.downsample(x)
+        out = self.alpha * out + shortcut
+        return out
