@@ -428,6 +428,12 @@ def test_a_note_tells_that_no_norm_is_left_before_the_head() -> None:
     assert not rz.audit(model, x, method="gpt2-norm").plan.notes
 
 
+def test_a_note_tells_that_a_network_mixes_placements() -> None:
+    net = nn.Sequential(Method(), Sandwich(), nn.LayerNorm(4))
+    notes = rz.audit(net, torch.randn(2, 4), method="pre-norm").plan.notes
+    assert notes == ("1 block of 2 could not be changed: the network mixes placements",)
+
+
 def test_after_a_move_the_norms_can_be_dropped() -> None:
     model, x = relatives.made("post")
     made = rz.convert(rz.convert(model, x, method="pre-norm"), x, method="rezero")

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from .. import sources
 from ..capture.trace import Call, Frame
+from ..listing import number
 from ..plan import WHOLE, Move, Operand, Position, Site
 from . import code, helpers, norms
 from .blocks import Branch, owner_call
@@ -49,20 +50,32 @@ def moved(flow: Flow, draft: Draft, target: Position) -> Draft:
 
 
 def notes(flow: Flow, drafts: Iterable[Draft], target: Position) -> Iterator[str]:
-    """What a reader should know of the stream's end: moved off the sums, no norm may be left before the head."""
+    """What a reader should know of the network as a whole: norms that stay elsewhere, and the end of the stream, where
+    none may be left before the head."""
+    drafts = list(drafts) if flow.trace.model is not None else []  # a class by itself does not tell
     done = [draft for draft in drafts if draft.site.move is not None]
+    left = [draft for draft in drafts if draft.site.code == "RZ919" and _is_normed(flow, draft)]
+    if done and left:
+        blocks = f"{number(len(left), 'block')} of {len(done) + len(left)}"
+        yield f"{blocks} could not be changed: the network mixes placements"
     if target == "post" or not done:
         return
-    last = max(done, key=lambda draft: draft.block.sum.node)
+    last = max(drafts, key=lambda draft: draft.block.sum.node)
     node = last.block.sum.node
     own = [member.node for member in last.members if member.position == "post"]
     while len(users := flow.users[own.pop() if own else node]) == 1:
         node = users[0]
-        if flow.facts[node].kind not in ("layout", "dropout"):
+        if flow.facts[node].kind not in ("layout", "dropout", "pool") and flow.name(node) != "mean":
             break
     if flow.facts[node].kind != "norm":
         where = last.site.path or "the model"
         yield f"no norm stands behind the last block, {where}: such networks mostly have one there, and none is made"
+
+
+def _is_normed(flow: Flow, draft: Draft) -> bool:
+    block = draft.block
+    nodes = (node for branch in block.branches for node in branch.cuts)
+    return any(flow.facts[node].kind == "norm" for node in (*nodes, *flow.users[block.sum.node]))
 
 
 def _move(flow: Flow, draft: Draft, target: Position) -> Move:
