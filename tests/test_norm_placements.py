@@ -434,6 +434,13 @@ def test_a_note_tells_that_a_network_mixes_placements() -> None:
     assert notes == ("1 block of 2 could not be changed: the network mixes placements",)
 
 
+def test_there_and_back() -> None:
+    model, x = relatives.made("post")
+    made = rz.convert(rz.convert(model, x, method="pre-norm"), x, method="post-norm")
+    assert torch.equal(made(x), model(x))
+    assert rz.validate(made, x).ok
+
+
 def test_after_a_move_the_norms_can_be_dropped() -> None:
     model, x = relatives.made("post")
     made = rz.convert(rz.convert(model, x, method="pre-norm"), x, method="rezero")
