@@ -130,6 +130,11 @@ class Wrapping(nn.Module):
         return x + torch.tanh(self.inner(x))
 
 
+class InPlaceReader(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.a(F.relu(self.norm(x), inplace=True))
+
+
 class Reassigned(Block):
     def forward(self, x: Tensor) -> Tensor:
         norm = self.other
@@ -173,6 +178,7 @@ class Unordered(Block):
         (Projected, "post-norm", "defined for an identity skip"),
         (Wrapping, "post-norm", "inner.norm is not called in the text of the method that adds"),
         (Statement, "post-norm", "a statement that works in place"),
+        (InPlaceReader, "post-norm", "works in place, and would overwrite the stream"),
         (Reassigned, "pre-norm", "the call of the norm uses norm, which is set anew"),
         (Expressions, "pre-norm", "by several expressions"),
         (Unordered, "pre-norm", "no statement by itself comes before"),

@@ -16,7 +16,7 @@ from ..listing import number
 from ..plan import WHOLE, Move, Operand, Position, Site
 from . import code, helpers, norms
 from .blocks import Branch, owner_call
-from .drafts import Draft, in_helper, is_receiver, placed
+from .drafts import Draft, in_helper, is_receiver, placed, works_in_place
 from .flow import Flow
 
 _NAMES = {"pre": "before the branch", "end": "behind the branch", "post": "behind the sum", "inside": "in the branch"}
@@ -126,6 +126,8 @@ def _call(flow: Flow, site: Site, member: norms.Member, branch: Branch) -> Opera
             raise _Fixed(f"the output of {name} is also read outside the branch")
     if member.position == "pre" and flow.inputs[node][0] != branch.region[0]:
         raise _Fixed(f"{name} does not read the stream itself")
+    if member.position == "pre" and any(works_in_place(flow, user) for user in flow.users[node]):
+        raise _Fixed(f"what reads {name} works in place, and would overwrite the stream")
     if member.position == "end":
         value = branch.term.value
         while value != node and flow.facts[value].kind == "dropout":
