@@ -197,8 +197,10 @@ METHODS: dict[str, Method] = {
         map="carry",
         activation="branch",
     ),
-    "pre-norm": Method("x + F(N(x))", "Bachlechner et al., Table 1", placement="pre"),
-    "post-norm": Method("N(x + F(x))", "the same; Vaswani et al. 2017", placement="post"),
-    "gpt2-norm": Method("x + N(F(x))", "the name is that of Bachlechner et al., Table 3", placement="end"),
+    "pre-norm": Method("x + F(N(x))", "Xiong et al. 2020; one norm, the one that is there", placement="pre"),
+    "post-norm": Method("N(x + F(x))", "Vaswani et al. 2017", placement="post"),
+    "gpt2-norm": Method(
+        "x + N(F(x))", "a row of Bachlechner et al., Table 3; its formula was not at hand", placement="end"
+    ),
 }
 """By name, as `method=` takes it."""

@@ -258,9 +258,36 @@ def test_a_file_by_itself() -> None:
     assert "self.alpha = nn.Conv2d(self.conv2.out_channels, self.conv2.out_channels, 1)\n" in found.text
     assert "nn.init.constant_(self.alpha.bias, -3.0)\n" in found.text
     assert "return x + self.alpha(x).sigmoid() * (F.relu(self.fc(x)) - x)" in found.text
-    refused = found.report.plan.of("refused")
-    assert [site.code for site in refused] == ["RZ915", "RZ915"]  # the width of an attention
-    assert all("pass --model and --inputs" in site.reason for site in refused)
+    assert "self.alpha_attn = nn.Linear(self.attn.embed_dim, self.attn.embed_dim)\n" in found.text
+    assert not found.report.plan.of("refused")
+    text = "from torch import nn\nfrom elsewhere import mix\n\n\nclass Block(nn.Module):\n    def __init__(self):\n"
+    text += "        super().__init__()\n        self.w = nn.Parameter(mix())\n\n    def forward(self, x):\n"
+    (site,) = rz.audit_source(text + "        return x + x @ self.w\n", method="highway").plan.sites
+    assert site.code == "RZ915"
+    assert "pass --model and --inputs" in site.reason
+
+
+@torch.no_grad()
+def test_without_inputs_the_layers_tell_the_width() -> None:
+    for name in ("pre", "dense"):
+        model, x = relatives.made(name)
+        made, other = rz.convert(model, method="highway"), rz.convert(model, x, method="highway")
+        made.load_state_dict(other.state_dict())
+        torch.testing.assert_close(made(x), other(x))
+
+
+class ByHand(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x @ self.weight
+
+
+def test_without_inputs_a_width_that_nothing_tells_is_asked_for() -> None:
+    with pytest.warns(rz.NoEffectWarning, match="the shapes are not known: pass example inputs"):
+        rz.convert(ByHand(), method="highway")
 
 
 def test_one_gate_for_a_layer_of_two_branches() -> None:

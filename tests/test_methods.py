@@ -505,6 +505,9 @@ def test_one_gate_for_each_channel_beside_images_and_sequences() -> None:
         made = rz.convert(model, x, granularity="channel")
         assert {tuple(gate.shape) for _, gate in rz.alphas(made)} == sizes
         assert rz.validate(made, x).ok
+    bare = rz.convert(model, granularity="channel")  # no inputs: the layers tell the numbers
+    assert {tuple(gate.shape) for _, gate in rz.alphas(bare)} == {(8,)}
+    assert bare(x).shape == model(x).shape
     share = rz.convert(model, x, granularity="channel", share="layer")
     assert len(list(rz.alphas(share))) == 2
 

@@ -130,6 +130,11 @@ class Wrapping(nn.Module):
         return x + torch.tanh(self.inner(x))
 
 
+class InPlaceReader(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.a(F.relu(self.norm(x), inplace=True))
+
+
 class Reassigned(Block):
     def forward(self, x: Tensor) -> Tensor:
         norm = self.other
@@ -173,6 +178,7 @@ class Unordered(Block):
         (Projected, "post-norm", "defined for an identity skip"),
         (Wrapping, "post-norm", "inner.norm is not called in the text of the method that adds"),
         (Statement, "post-norm", "a statement that works in place"),
+        (InPlaceReader, "post-norm", "works in place, and would overwrite the stream"),
         (Reassigned, "pre-norm", "the call of the norm uses norm, which is set anew"),
         (Expressions, "pre-norm", "by several expressions"),
         (Unordered, "pre-norm", "no statement by itself comes before"),
@@ -426,6 +432,19 @@ def test_a_note_tells_that_no_norm_is_left_before_the_head() -> None:
     assert not rz.audit(*relatives.made("pre"), method="post-norm").plan.notes
     model.head = nn.Sequential(nn.LayerNorm(8, dtype=torch.float64), model.head)
     assert not rz.audit(model, x, method="gpt2-norm").plan.notes
+
+
+def test_a_note_tells_that_a_network_mixes_placements() -> None:
+    net = nn.Sequential(Method(), Sandwich(), nn.LayerNorm(4))
+    notes = rz.audit(net, torch.randn(2, 4), method="pre-norm").plan.notes
+    assert notes == ("1 block of 2 could not be changed: the network mixes placements",)
+
+
+def test_there_and_back() -> None:
+    model, x = relatives.made("post")
+    made = rz.convert(rz.convert(model, x, method="pre-norm"), x, method="post-norm")
+    assert torch.equal(made(x), model(x))
+    assert rz.validate(made, x).ok
 
 
 def test_after_a_move_the_norms_can_be_dropped() -> None:

@@ -62,8 +62,13 @@ def channels(flow: Flow, branch: Branch) -> Channels | str:
     target_node = flow.nodes[node]
     layer = str(target_node.target) if target_node.op == "call_module" else ""
     attribute = "out_channels" if dim is not None else "out_features" if flow.facts[node].kind == "linear" else ""
+    attribute = "embed_dim" if flow.name(node) == "MultiheadAttention" else attribute
     trailing = 0 if rank is None else rank - 1 - place
     count = None if shape is None else shape[len(shape) - 1 - trailing]
+    given = getattr(flow.module(layer), attribute, None) if layer and attribute else None
+    count = given if count is None and isinstance(given, int) else count
+    if count is None and flow.trace.model is not None:
+        return "the shapes are not known: pass example inputs"
     return Channels(trailing, count, layer, attribute)
 
 

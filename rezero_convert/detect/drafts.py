@@ -405,12 +405,12 @@ def _activation(flow: Flow, block: Block, site: Site, options: Options) -> Activ
         return Activation(kind, at, "keep", f"{kind} of a sum is not an activation of the branch")
     if frames[0].place != site.place or (code.operand(at) is None and written_out is None):
         return Activation(kind, at, "keep", "its call cannot be moved to the add")
-    if _works_in_place(flow, user) and any(_is_activated(flow, branch.term.value) for branch in block.branches):
+    if works_in_place(flow, user) and any(_is_activated(flow, branch.term.value) for branch in block.branches):
         return Activation(kind, at, "keep", "it works in place, and the branch ends in an activation of its own")
     return Activation(kind, at, "move", "moved into the branch")
 
 
-def _works_in_place(flow: Flow, node: int) -> bool:
+def works_in_place(flow: Flow, node: int) -> bool:
     path = norms.path_of(flow, node)
     module = flow.module(path) if path else None
     return flow.facts[node].inplace or bool(flow.nodes[node].kwargs.get("inplace") or getattr(module, "inplace", False))

@@ -12,10 +12,11 @@ from dataclasses import replace
 
 from .. import sources
 from ..capture.trace import Call, Frame
+from ..listing import number
 from ..plan import WHOLE, Move, Operand, Position, Site
 from . import code, helpers, norms
 from .blocks import Branch, owner_call
-from .drafts import Draft, in_helper, is_receiver, placed
+from .drafts import Draft, in_helper, is_receiver, placed, works_in_place
 from .flow import Flow
 
 _NAMES = {"pre": "before the branch", "end": "behind the branch", "post": "behind the sum", "inside": "in the branch"}
@@ -49,20 +50,32 @@ def moved(flow: Flow, draft: Draft, target: Position) -> Draft:
 
 
 def notes(flow: Flow, drafts: Iterable[Draft], target: Position) -> Iterator[str]:
-    """What a reader should know of the stream's end: moved off the sums, no norm may be left before the head."""
+    """What a reader should know of the network as a whole: norms that stay elsewhere, and the end of the stream, where
+    none may be left before the head."""
+    drafts = list(drafts) if flow.trace.model is not None else []  # a class by itself does not tell
     done = [draft for draft in drafts if draft.site.move is not None]
+    left = [draft for draft in drafts if draft.site.code == "RZ919" and _is_normed(flow, draft)]
+    if done and left:
+        blocks = f"{number(len(left), 'block')} of {len(done) + len(left)}"
+        yield f"{blocks} could not be changed: the network mixes placements"
     if target == "post" or not done:
         return
-    last = max(done, key=lambda draft: draft.block.sum.node)
+    last = max(drafts, key=lambda draft: draft.block.sum.node)
     node = last.block.sum.node
     own = [member.node for member in last.members if member.position == "post"]
     while len(users := flow.users[own.pop() if own else node]) == 1:
         node = users[0]
-        if flow.facts[node].kind not in ("layout", "dropout"):
+        if flow.facts[node].kind not in ("layout", "dropout", "pool") and flow.name(node) != "mean":
             break
     if flow.facts[node].kind != "norm":
         where = last.site.path or "the model"
         yield f"no norm stands behind the last block, {where}: such networks mostly have one there, and none is made"
+
+
+def _is_normed(flow: Flow, draft: Draft) -> bool:
+    block = draft.block
+    nodes = (node for branch in block.branches for node in branch.cuts)
+    return any(flow.facts[node].kind == "norm" for node in (*nodes, *flow.users[block.sum.node]))
 
 
 def _move(flow: Flow, draft: Draft, target: Position) -> Move:
@@ -113,6 +126,8 @@ def _call(flow: Flow, site: Site, member: norms.Member, branch: Branch) -> Opera
             raise _Fixed(f"the output of {name} is also read outside the branch")
     if member.position == "pre" and flow.inputs[node][0] != branch.region[0]:
         raise _Fixed(f"{name} does not read the stream itself")
+    if member.position == "pre" and any(works_in_place(flow, user) for user in flow.users[node]):
+        raise _Fixed(f"what reads {name} works in place, and would overwrite the stream")
     if member.position == "end":
         value = branch.term.value
         while value != node and flow.facts[value].kind == "dropout":

@@ -56,12 +56,12 @@ def _norms(look: Look) -> Iterator[tuple[_Spot, str]]:
 
 
 def _moved(subject: Subject, position: Position) -> set[_Spot]:
-    """The norms that were moved, with their blocks, but for those that a later conversion dropped."""
-    return {
-        (joined(prefix, site.path), joined(prefix, norm.path) if norm.path else "")
-        for prefix, plan in subject.plans
-        for site in plan.converted
-        if site.move is not None and site.move.position == position
-        for norm in site.norms
-        if not norm.path or module_at(subject.model, joined(prefix, norm.path)) is not None
-    }
+    """The norms that were moved there, with their blocks; of several conversions the last one counts."""
+    last: dict[_Spot, Position] = {}
+    for prefix, plan in subject.plans:
+        for site in plan.converted:
+            for norm in site.norms if site.move is not None else ():
+                spot = joined(prefix, site.path), joined(prefix, norm.path) if norm.path else ""
+                if site.move is not None and (not norm.path or module_at(subject.model, spot[1]) is not None):
+                    last[spot] = site.move.position
+    return {spot for spot, at in last.items() if at == position}
