@@ -222,6 +222,21 @@ def test_norm_left() -> None:
     assert "2.ln_2 was to go but runs" in result.failures[0]
 
 
+def test_norm_put_back_into_a_list() -> None:
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.branch = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16), nn.ReLU())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.branch(x)
+
+    made = converted(nn.Sequential(nn.Linear(8, 16), Listed()), torch.randn(2, 8))
+    assert isinstance(made[1].branch[0], nn.Identity)
+    made[1].branch[0] = nn.LayerNorm(16)
+    assert failed(rz.validate(made, torch.randn(2, 8))) == {"norm-gone eval", "norm-gone train"}
+
+
 def test_norm_left_after_the_sum() -> None:
     made = converted(post(), torch.randn(3, 8))
     made[2].norm = nn.LayerNorm(16)
