@@ -1315,6 +1315,18 @@ class Scaled(Linears):
         return x + self.gate * self.b(torch.relu(self.a(x)))
 
 
+class SigmoidGate(Linears):
+    def __init__(self) -> None:
+        super().__init__(gate=nn.Parameter(torch.zeros(1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.sigmoid(self.gate) * self.b(torch.relu(self.a(x)))
+
+
+def test_a_gate_that_is_open_at_zero_is_none() -> None:
+    assert only(plan(SigmoidGate(), vectors()), "self.gate").verdict == "converted"
+
+
 class TanhGate(Linears):
     def __init__(self, value: float) -> None:
         super().__init__(gate=nn.Parameter(torch.full((1,), value)))
@@ -1512,6 +1524,21 @@ def test_a_helper_that_computes_with_its_argument_is_refused_by_name() -> None:
     assert "mixed" in site.reason
 
 
+def activated(x: Tensor, y: Tensor) -> Tensor:
+    return x + F.gelu(y)
+
+
+class HelpedActivated(Linears):
+    def forward(self, x: Tensor) -> Tensor:
+        return activated(x, self.b(torch.relu(self.a(x))))
+
+
+def test_a_helper_that_activates_its_argument_is_refused() -> None:
+    """A gate does not commute with it."""
+    site = only(plan(HelpedActivated(), vectors()), "x + F.gelu(y)")
+    assert (site.verdict, site.code) == ("refused", "RZ912")
+
+
 def test_a_helper_that_only_adds_is_gated_at_its_call() -> None:
     found = plan(Helped(), vectors())
     (site,) = found.converted
@@ -1672,3 +1699,19 @@ def test_an_add_in_a_scripted_function_is_hidden_and_the_others_are_found() -> N
 def test_an_add_in_a_scripted_child_is_hidden() -> None:
     model = nn.Sequential(nn.Linear(W, W), scripted(ScriptedBlock()))
     assert [site.code for site in plan(model, vectors()).of("hidden")] == ["RZ141"]
+
+
+class Sometimes(Linears):
+    """Both adds may run in one pass, for the same child."""
+
+    def forward(self, x: Tensor, again: bool = False) -> Tensor:
+        if again:
+            x = x + torch.relu(self.a(x))
+        return x + torch.tanh(self.a(x))
+
+
+def test_an_add_that_did_not_run_beside_one_that_did_gets_no_gate() -> None:
+    found = plan(Sometimes(), vectors())
+    assert only(found, "torch.tanh").verdict == "converted"
+    site = only(found, "torch.relu")
+    assert (site.verdict, site.gates) == ("not-executed", ())

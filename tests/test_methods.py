@@ -196,6 +196,8 @@ def test_validation_notices_another_form() -> None:
     block.forward = lambda x: x + block.alpha * F.relu(block.fc(x))
     found = rz.validate(made, x)
     assert any("no gate scales the skip" in line for line in found.failures)
+    block.forward = lambda x: (1 + block.alpha) * x + block.alpha * F.relu(block.fc(x))
+    assert any("not what the method says" in line for line in rz.validate(made, x).failures)
     made = rz.convert(model, x, method="gated")
     block = made.blocks[1]
     block.forward = lambda x: x + block.alpha.tanh() * F.relu(block.fc(x))

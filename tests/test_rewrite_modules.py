@@ -514,6 +514,7 @@ def test_alpha_has_its_owners_dtype_and_the_stream_keeps_its_own(dtype: torch.dt
     assert model(X.to(dtype)).dtype == dtype
     wide = torch.full((1,), 0.5, dtype=torch.float32)
     assert rezero_gate(wide, X.to(dtype)).dtype == dtype
+    assert rezero_gate(wide.double(), X.to(dtype)).dtype == dtype
 
 
 def test_alpha_is_made_on_the_meta_device() -> None:

@@ -171,6 +171,34 @@ def test_relu_left_behind_the_add(inplace: bool) -> None:
     assert all("layer1.1 " in line for line in result.failures)
 
 
+def test_a_block_that_fails_in_train_mode_only_fails() -> None:
+    made = converted(nn.Sequential(nn.Linear(8, 16), zoo.Block(16)), torch.randn(2, 8))
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        y = x + self.alpha * torch.relu(self.linear(x))
+        return torch.relu(y) if self.training else y
+
+    replace_forward(made[1], forward)
+    result = rz.validate(made, torch.randn(2, 8))
+    assert failed(result) == {"vjp train"}
+    assert not result.ok
+    assert len(result.failures) == 1
+
+
+def test_a_module_that_fails_in_its_second_run_only_fails() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = zoo.Block(16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.block(1 - self.block(1 + torch.relu(x)))
+
+    made = converted(Twice(), torch.randn(2, 16))
+    replace_forward(made.block, lambda self, x: torch.relu(x + self.alpha * self.linear(x)))
+    assert failed(rz.validate(made, torch.ones(2, 16))) == {"vjp eval", "vjp train"}
+
+
 def test_double_zero() -> None:
     model = converted(resnet(), image())
     nn.init.zeros_(model.layer2[0].bn2.weight)
@@ -192,6 +220,21 @@ def test_norm_left() -> None:
     result = rz.validate(made, gpt_inputs())
     assert failed(result) == {"norm-gone eval", "norm-gone train"}
     assert "2.ln_2 was to go but runs" in result.failures[0]
+
+
+def test_norm_put_back_into_a_list() -> None:
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.branch = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16), nn.ReLU())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.branch(x)
+
+    made = converted(nn.Sequential(nn.Linear(8, 16), Listed()), torch.randn(2, 8))
+    assert isinstance(made[1].branch[0], nn.Identity)
+    made[1].branch[0] = nn.LayerNorm(16)
+    assert failed(rz.validate(made, torch.randn(2, 8))) == {"norm-gone eval", "norm-gone train"}
 
 
 def test_norm_left_after_the_sum() -> None:
@@ -527,6 +570,12 @@ def test_handwritten(start: float) -> None:
     assert model[1].resweight.item() == pytest.approx(start)
 
 
+def test_handwritten_and_frozen() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), ReZero(16, 0.0), ReZero(16, 0.0))
+    model[1].resweight.requires_grad_(False)
+    assert rz.validate(model, torch.randn(2, 8)).failures == ("trainable (structure): 1.resweight is frozen",)
+
+
 def test_handwritten_relu_left_behind() -> None:
     class Left(ReZero):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -752,6 +801,36 @@ def test_equal_outputs_with_other_gradients() -> None:
     replace_forward(preserved[1], lambda self, x: x + self.alpha * torch.relu(self.linear(x)).detach())
     found = validation.equality(model, preserved, x)
     assert [(check.name, check.ok) for check in found[:2]] == [("outputs", True), ("gradients", False)]
+
+
+def test_gradients_that_are_a_hundredth_apart() -> None:
+    model, x = zoo.stack(2), torch.randn(2, 8)
+    preserved = converted(model, x, alpha_init="preserve")
+    preserved[1].linear.weight.register_hook(lambda grad: 1.01 * grad)
+    found = validation.equality(model, preserved, x)
+    assert [(check.name, check.ok) for check in found[:2]] == [("outputs", True), ("gradients", False)]
+
+
+def test_a_parameter_that_is_missing_is_named() -> None:
+    model, x = zoo.stack(2), torch.randn(2, 8)
+    preserved = converted(model, x, alpha_init="preserve")
+    model.extra = nn.Parameter(torch.zeros(1))
+    found = validation.equality(model, preserved, x)
+    assert [(check.name, check.ok) for check in found[:2]] == [("outputs", True), ("gradients", False)]
+    assert "extra is missing" in found[1].detail
+
+
+def test_equality_leaves_inputs_that_a_model_overwrites() -> None:
+    class Doubling(zoo.Block):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x.mul_(2)
+            return x + torch.relu(self.linear(x))
+
+    x = torch.ones(2, 16)
+    model = Doubling(16)
+    checks = validation.equality(model, converted(model, x, alpha_init="preserve"), x)
+    assert all(check.ok for check in checks), checks
+    assert torch.equal(x, torch.ones(2, 16))
 
 
 @whole

@@ -67,7 +67,7 @@ FAULTS = (
         GUARD,
         '    for part, _ in parts:\n        part.__dict__["training"] = False\n',
         "",
-        "test_faults.py test_stacks.py::test_parametrizations_before_and_after_conversion",
+        "test_faults.py::test_it_works_and_nothing_else_changes[Parametrized]",
     ),
     Fault(
         "operations in place make no node",

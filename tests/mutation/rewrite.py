@@ -96,11 +96,11 @@ FAULTS = (
     ),
     # memory
     Fault(
-        "a half-precision stream gets wider",
+        "a stream gets as wide as its gate",
         SUBCLASS,
         "    return (alpha * branch).to(branch.dtype)\n",
         "    return alpha * branch\n",
-        "test_rewrite_modules.py::test_alpha_has_its_owners_dtype_and_the_stream_keeps_its_own test_stacks.py",
+        "test_rewrite_modules.py::test_alpha_has_its_owners_dtype_and_the_stream_keeps_its_own",
     ),
     Fault(
         "a half-precision gate sums its gradient in half precision",

@@ -97,7 +97,7 @@ FAULTS = (
         MEASURED,
         "return not branch.sign or _near(",
         "return True or _near(",
-        "test_methods.py::test_validation_notices_another_form test_methods.py",
+        "test_methods.py::test_validation_notices_another_form",
     ),
     Fault(
         "form: anything is near",
@@ -170,7 +170,7 @@ FAULTS = (
         LOOKS,
         "if not subject.plans and not METHODS[subject.options.method].trainable:",
         "if not subject.plans:",
-        "test_validation.py test_methods.py::test_a_rewritten_file_computes_what_the_model_computes",
+        "test_validation.py::test_handwritten_and_frozen",
     ),
     Fault(
         "finite gates: an infinite one passes",
@@ -198,7 +198,7 @@ FAULTS = (
         LOOKS,
         'if called[path] or (norm.action == "bypass" and not isinstance(own, nn.Identity)):',
         'if norm.action == "bypass" and not isinstance(own, nn.Identity):',
-        "test_validation.py::test_norm_left test_validation.py::test_norm_left_after_the_sum test_validation.py",
+        "test_validation.py::test_norm_put_back_into_a_list",
     ),
     Fault(
         "norm-gone: nothing is compared",
@@ -233,14 +233,14 @@ FAULTS = (
         "validation/running.py",
         "return torch.equal(one, other) or",
         "return torch.allclose(one, other) or",
-        "test_validation.py::test_equality_fails test_validation.py",
+        "test_validation.py::test_equality_fails",
     ),
     Fault(
         "outputs: the model's own inputs are overwritten",
         "validation/running.py",
         "        args, kwargs = fresh_inputs((args, kwargs))\n",
         "",
-        "test_faults.py test_validation.py",
+        "test_validation.py::test_equality_leaves_inputs_that_a_model_overwrites",
     ),
     Fault(
         "outputs: train mode is eval mode",
@@ -261,14 +261,14 @@ FAULTS = (
         EQUALITY,
         "bound = precision**0.5 * _largest(left)",
         "bound = precision**0.1 * _largest(left)",
-        "test_validation.py::test_equal_outputs_with_other_gradients test_validation.py",
+        "test_validation.py::test_gradients_that_are_a_hundredth_apart",
     ),
     Fault(
         "gradients: parameters that are missing pass",
         EQUALITY,
         "missing = [name for name in ours if name not in theirs]",
         "missing = [name for name in shared if name not in theirs]",
-        "test_validation.py",
+        "test_validation.py::test_a_parameter_that_is_missing_is_named",
     ),
     Fault(
         "idempotence: what would be converted is not listed",
@@ -282,7 +282,7 @@ FAULTS = (
         EQUALITY,
         "record_.options if record_ is not None else None",
         "None",
-        "test_validation.py test_oracles.py::test_converting_twice_changes_nothing",
+        "test_validation.py::test_idempotence",
     ),
     Fault(
         "failures in train mode are not told",
@@ -291,21 +291,21 @@ FAULTS = (
         '            for check in block.checks\n            if not (check.ok or check.choice) and check.mode == "eval"'
         "\n"
         "        ]",
-        "test_validation.py",
+        "test_validation.py::test_a_block_that_fails_in_train_mode_only_fails",
     ),
     Fault(
         "of a module that runs twice the first run counts",
         WHOLE,
         "if key not in checks or (checks[key].ok and not check.ok):",
         "if key not in checks:",
-        "test_validation.py",
+        "test_validation.py::test_a_module_that_fails_in_its_second_run_only_fails",
     ),
     Fault(
         "train mode is not looked at",
         WHOLE,
         '    for mode in ("eval", "train"):\n        try:\n            looks.append',
         '    for mode in ("eval",):\n        try:\n            looks.append',
-        "test_validation.py",
+        "test_validation.py::test_gate_bypassed_in_one_mode",
     ),
     Fault(
         "an activation behind the sum is always by choice",
