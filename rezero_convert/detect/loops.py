@@ -89,6 +89,7 @@ def loop_of(place: Place, add: Span, weights: Sequence[str], elements: Elements,
     return f"the loop walks the modules of {named} in a way that a list of alphas cannot be walked beside"
 
 
+@sources.cached
 def _clauses(place: Place) -> list[tuple[_Clause, Sequence[ast.expr | ast.stmt]]]:
     """The `for` clauses of a method with what they repeat, in the order of the text, outer ones first."""
     try:
@@ -163,6 +164,7 @@ def _paths(place: Place, clauses: Sequence[_Clause]) -> Iterator[_Path]:
             yield path
 
 
+@sources.cached
 def _subscripts(place: Place) -> list[ast.Subscript]:
     definition = sources.function(place)
     nodes = ast.walk(definition) if definition is not None else ()
