@@ -12,6 +12,7 @@ from torch._guards import active_fake_mode
 
 from . import file_plan, sources
 from .capture import capture
+from .capture.guard import uncollected
 from .capture.recorded import one_line
 from .codes import BLOCKS_LEFT
 from .detect import detect
@@ -152,6 +153,7 @@ def unconvert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     return result
 
 
+@uncollected()
 def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """A deep copy; `memo` says what is not to be copied.
 

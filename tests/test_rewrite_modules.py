@@ -887,8 +887,10 @@ def test_data_parallel_replicas() -> None:
 
 
 def test_many_blocks_are_edited_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rezero_convert import sources
     from rezero_convert.rewrite import text
 
+    sources.forget()
     calls: list[str] = []
     edit = text.edit
     monkeypatch.setattr(text, "edit", lambda *args, **kwargs: calls.append("") or edit(*args, **kwargs))

@@ -115,7 +115,8 @@ def actions(name: str, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str,
     def pruning() -> Any:
         import torch_pruning
 
-        return torch_pruning.DependencyGraph().build_dependency(model, values[0] if given is values else inputs)
+        graph = torch_pruning.DependencyGraph()
+        return graph.build_dependency(model, values, forward_fn=lambda _, tensors: called(*tensors))
 
     made: dict[str, Callable[[], Any]] = {
         "forward": forward,
@@ -133,13 +134,14 @@ def actions(name: str, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str,
     return made
 
 
-def measured(name: str, rounds: int, limit: float) -> dict[str, Any]:
+def measured(name: str, rounds: int, limit: float, without: list[str]) -> dict[str, Any]:
     with torch.device("meta"):
         model, inputs = MODELS[name]()
     model.eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        times, failed = interleaved(actions(name, model, inputs), rounds, limit)
+        made = {tool: action for tool, action in actions(name, model, inputs).items() if tool not in without}
+        times, failed = interleaved(made, rounds, limit)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {"model": name, "times": times, "failed": failed, "peak_gib_of_process": round(peak, 3)}
 
@@ -172,6 +174,7 @@ def report(results: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS), help="the models to measure")
+    parser.add_argument("--without", nargs="+", choices=TOOLS, default=[], help="tools that are not measured")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--limit", type=float, default=20.0, help="seconds above which a tool has one round")
     parser.add_argument("--json", default="", help="where to write the times")
@@ -185,7 +188,7 @@ def main() -> None:
         print("Torch-Pruning is not installed: skipped")
     results = []
     for name in asked.only:
-        found = measured(name, asked.rounds, asked.limit)
+        found = measured(name, asked.rounds, asked.limit, asked.without)
         results.append(found)
         print(name, *[f"{tool} failed: {why}" for tool, why in found["failed"].items()], sep="\n  ", flush=True)
         if asked.json:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 from torch import nn
@@ -155,6 +156,7 @@ _FUNCTION_NORMS: dict[str, NormKind] = {
 }
 
 
+@lru_cache(maxsize=4096)
 def operation(target: Any) -> str:
     """The plain name of a function or method: `torch.add`, `operator.iadd`, `"add_"`, `aten.add.Tensor` are "add"."""
     name = target if isinstance(target, str) else getattr(target, "_opname", None) or getattr(target, "__name__", "")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import operator
 import random
 import sys
 import warnings
@@ -43,10 +45,11 @@ def untouched(model: nn.Module, *, training: bool = False, gradients: bool = Fal
                 if isinstance(module, torch.jit.ScriptModule):
                     module.training = training
                 else:  # no `train()`: overrides of `train` may do anything
-                    module.__dict__["training"] = training
-                    # they insert operations where gradients flow, and are not for gradients of ours
-                    module.__dict__["_backward_hooks"] = OrderedDict()
-                    module.__dict__["_backward_pre_hooks"] = OrderedDict()
+                    attributes = module.__dict__
+                    attributes["training"] = training
+                    for name in ("_backward_hooks", "_backward_pre_hooks"):
+                        if attributes.get(name):  # they insert operations, and are not for gradients of ours
+                            attributes[name] = OrderedDict()
             yield
         finally:
             for record in saved:
@@ -87,6 +90,8 @@ def substitute(model: nn.Module, parameter: Replace, buffer: Replace, other: Rep
 
 def _swap_attributes(attributes: dict[str, Any], swap: Callable[[Any], Any]) -> None:
     for name, value in attributes.items():
+        if type(value) in _ATOMS or (type(value) in _CONTAINERS and not value):
+            continue
         if isinstance(value, Tensor):
             attributes[name] = swap(value)
         elif not any(isinstance(item, Tensor) for item in _items(value)):
@@ -120,6 +125,18 @@ def still(model: nn.Module | None) -> Iterator[None]:
             part.__dict__["training"] = training
 
 
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """A context without garbage collection, which walks all objects again and again where many are made that stay."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class _Saved:
     """A module's attributes, and the state of what hangs on them."""
 
@@ -129,24 +146,26 @@ class _Saved:
         self.module = module
         self.training = module.training
         self.attributes = dict(module.__dict__)
-        self.inside = [undo for value in self.attributes.values() for undo in _saved_state(value, seen, _DEPTH)]
+        self.inside: list[Callable[[], object]] = []
+        for value in self.attributes.values():
+            if type(value) in _CONTAINERS and not value:
+                self.inside.append(value.clear)
+            elif type(value) not in _ATOMS:
+                self.inside += _saved_state(value, seen, _DEPTH)
 
     def restore(self) -> None:
         if isinstance(self.module, torch.jit.ScriptModule):
             self.module.training = self.training
             return
-        attributes = self.module.__dict__
-        if len(attributes) != len(self.attributes) or any(
-            attributes.get(name, attributes) is not value for name, value in self.attributes.items()
-        ):
-            attributes.clear()
-            attributes.update(self.attributes)
+        _restore_dict(self.module.__dict__, self.attributes)
         for undo in self.inside:
             undo()
 
 
 _DEPTH = 4  # how deep containers and objects hang on one another
 _PLAIN = (Tensor, nn.Module, str, int, float, type)
+_ATOMS = frozenset({type(None), bool, int, float, str})
+_CONTAINERS = frozenset({dict, OrderedDict, list, set})  # most of a module's are empty
 
 
 def _saved_state(value: Any, seen: set[int], depth: int) -> Iterator[Callable[[], object]]:
@@ -156,7 +175,7 @@ def _saved_state(value: Any, seen: set[int], depth: int) -> Iterator[Callable[[]
     seen.add(id(value))
     inside: Iterable[Any] = ()
     if isinstance(value, dict):
-        yield partial(_restore_dict, value, list(value.items()))
+        yield partial(_restore_dict, value, dict(value.items()))
         inside = list(value.values())
     elif isinstance(value, (list, set, deque)):
         yield partial(_restore_items, value, list(value))
@@ -166,7 +185,7 @@ def _saved_state(value: Any, seen: set[int], depth: int) -> Iterator[Callable[[]
     elif (generator := _saved_generator(value)) is not None:
         yield generator
     elif is_users_object(value):
-        yield partial(_restore_dict, vars(value), list(vars(value).items()))
+        yield partial(_restore_dict, vars(value), dict(vars(value)))
         inside = list(vars(value).values())
     for item in inside:
         yield from _saved_state(item, seen, depth - 1)
@@ -190,15 +209,16 @@ def is_users_object(value: Any) -> bool:
 
 
 def _restore_items(container: Any, contents: list[Any]) -> None:
-    if len(container) != len(contents) or any(a is not b for a, b in zip(container, contents, strict=True)):
+    if len(container) != len(contents) or not all(map(operator.is_, container, contents)):
         container.clear()
         (container.update if isinstance(container, set) else container.extend)(contents)
 
 
-def _restore_dict(container: dict[Any, Any], contents: list[tuple[Any, Any]]) -> None:
-    same = len(container) == len(contents) and all(
-        key is old_key and value is old_value
-        for (key, value), (old_key, old_value) in zip(container.items(), contents, strict=True)
+def _restore_dict(container: dict[Any, Any], contents: dict[Any, Any]) -> None:
+    same = (
+        len(container) == len(contents)
+        and all(map(operator.is_, container, contents))
+        and all(map(operator.is_, container.values(), contents.values()))
     )
     if not same:
         container.clear()

@@ -18,6 +18,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, fx, nn
+from torch._C import DisableTorchFunction
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -29,7 +30,8 @@ from . import facts
 from .facts import Facts
 from .frames import TORCH, FrameReader
 from .graphs import unflattened
-from .guard import is_users_object, substitute, untouched
+from .guard import is_users_object, substitute, uncollected, untouched
+from .memo import Memo
 from .trace import Call, Frame, Origin, Trace
 
 Rung = Literal["fake", "meta", "real"]
@@ -38,6 +40,9 @@ RUNGS: tuple[Rung, ...] = ("fake", "meta", "real")
 _DEPTH = 4  # how deep tensors are looked for in nested containers
 
 _call_module = nn.Module.__call__
+
+Perform = Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]
+"""Calls a torch function."""
 
 
 def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, training: bool = False) -> Trace:
@@ -69,7 +74,7 @@ def record_on(
         ConversionError: Python runs without column information.
         Exception: whatever the model raises.
     """
-    with untouched(model, training=training):
+    with contextlib.nullcontext() if rung == "real" else uncollected(), untouched(model, training=training):
         return unflattened(_RECORDERS[rung](model, args, kwargs))
 
 
@@ -175,7 +180,8 @@ def _on_fake(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
 
     paths = substitute(model, parameter=parameter, buffer=fake, other=Tensor.clone)  # values may be read
     with mode, _quiet():
-        return _run(model, _converted((args, kwargs), fake), paths, "recorded (fake tensors)", weak=False)
+        inputs = _converted((args, kwargs), fake)
+        return _run(model, inputs, paths, "recorded (fake tensors)", weak=False, perform=Memo(mode))
 
 
 def _on_meta(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Trace:
@@ -225,6 +231,10 @@ def fresh_inputs(inputs: Any) -> Any:
     return _converted(inputs, lambda tensor: tensor.detach().clone().requires_grad_(tensor.requires_grad))
 
 
+def _performed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func(*args, **kwargs)
+
+
 def _converted(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
     """A copy of nested inputs with every tensor converted, the same one once."""
     memo: dict[int, Any] = {}
@@ -271,8 +281,10 @@ def tensors_in(value: Any, depth: int = _DEPTH) -> Iterator[Tensor]:
             yield from tensors_in(item, depth - 1)
 
 
-def _run(model: nn.Module, inputs: Any, paths: dict[int, str], route: str, *, weak: bool) -> Trace:
-    recorder = _Recorder(model, paths, weak=weak)
+def _run(
+    model: nn.Module, inputs: Any, paths: dict[int, str], route: str, *, weak: bool, perform: Perform = _performed
+) -> Trace:
+    recorder = _Recorder(model, paths, weak=weak, perform=perform)
     _execute(recorder, model, inputs)
     hidden = _hidden_adds(model, inputs, paths, weak=weak) if recorder.unexplained else ()
     calls = tuple(recorder.calls)
@@ -336,8 +348,8 @@ class _Recorder(TorchFunctionMode):
     """Builds the graph while the model runs."""
 
     def __init__(
-        self, model: nn.Module, paths: dict[int, str], *, weak: bool,
-        observe: Observe | None = None,
+        self, model: nn.Module, paths: dict[int, str], *, weak: bool, observe: Observe | None = None,
+        perform: Perform = _performed,
     ) -> None:  # fmt: skip
         super().__init__()
         self.graph = fx.Graph()
@@ -352,6 +364,7 @@ class _Recorder(TorchFunctionMode):
         self._paths = paths
         self._weak = weak
         self._observe = observe
+        self._perform = perform
         self._positions: dict[fx.Node, int] = {}
         self._call = self.root
         self._silent = False
@@ -387,11 +400,11 @@ class _Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if self._silent or (isinstance(func, OpOverload) and _called_by_torch(sys._getframe(1))):
-            return func(*args, **kwargs)
+            return self._perform(func, args, kwargs)
         before = [(tensor, _version(tensor)) for tensor in _operands(args, kwargs)]
         outside, self.inside = not self.inside, True
         try:
-            result = func(*args, **kwargs)
+            result = self._perform(func, args, kwargs)
         finally:
             self.inside = not outside
         if isinstance(result, Tensor) or (result is None and before) or isinstance(result, (tuple, list)):
@@ -418,7 +431,8 @@ class _Recorder(TorchFunctionMode):
                 self._entered = True
                 return _call_module(module, *args, **kwargs)
             leaf, plain, overwriting = self._class(module)
-            frames = self.reader.collect(sys._getframe(1), module)
+            with DisableTorchFunction():
+                frames = self.reader.collect(sys._getframe(1), module)
             if leaf:
                 return self._leaf_call(module, plain, overwriting, frames, args, kwargs)
             return self._inlined_call(module, plain, frames, args, kwargs)
@@ -429,7 +443,8 @@ class _Recorder(TorchFunctionMode):
         self, module: nn.Module, plain: Facts, overwriting: Facts, frames: tuple[Frame, ...],
         args: tuple[Any, ...], kwargs: dict[str, Any],
     ) -> Any:  # fmt: skip
-        before = [(tensor, _version(tensor)) for tensor in _operands(args, kwargs)]
+        with DisableTorchFunction():
+            before = [(tensor, _version(tensor)) for tensor in _operands(args, kwargs)]
         scripted = isinstance(module, torch.jit.ScriptModule)
         self.unexplained |= scripted
         self._silent, self.inside = True, not scripted
@@ -437,10 +452,12 @@ class _Recorder(TorchFunctionMode):
             result = _call_module(module, *args, **kwargs)
         finally:
             self._silent = self.inside = False
-        fresh, changed = _effects(result, before)
-        if fresh:
-            path = self.reader.path(module)
-            self._write("call_module", path, plain, overwriting, args, kwargs, before, result, fresh, changed, frames)
+        with DisableTorchFunction():
+            fresh, changed = _effects(result, before)
+            if fresh:
+                path = self.reader.path(module)
+                self._write("call_module", path, plain, overwriting, args, kwargs, before, result, fresh, changed,
+                            frames)  # fmt: skip
         return result
 
     def _inlined_call(
@@ -449,13 +466,15 @@ class _Recorder(TorchFunctionMode):
         parent = self._call
         call = Call(self.reader.path(module), type(module).__qualname__, plain, parent, frames, module)
         self.calls.append(call)
-        call.inputs = [self._node(tensor, frames) for tensor in _call_tensors((args, kwargs))]
+        with DisableTorchFunction():
+            call.inputs = [self._node(tensor, frames) for tensor in _call_tensors((args, kwargs))]
         self._call = call
         try:
             result = _call_module(module, *args, **kwargs)
         finally:
             self._call = parent
-        call.outputs = [self._node(tensor, frames) for tensor in _call_tensors(result)]
+        with DisableTorchFunction():
+            call.outputs = [self._node(tensor, frames) for tensor in _call_tensors(result)]
         call.bare = isinstance(result, Tensor)
         return result
 

@@ -10,6 +10,7 @@ import inspect
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
@@ -68,6 +69,7 @@ def _without_text(module: nn.Module) -> FunctionType | None:
     return function
 
 
+@lru_cache(maxsize=4096)
 def _adds(code: CodeType) -> bool:
     return not {operation(name) for name in code.co_names}.isdisjoint(("add", "sub", "addcmul", "lerp", "sum")) or any(
         instruction.opname == "BINARY_OP" and instruction.argrepr in ("+", "-", "+=", "-=")

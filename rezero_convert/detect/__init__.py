@@ -14,7 +14,7 @@ from torch import nn
 
 from .. import known, sources
 from ..capture.facts import is_leaf
-from ..capture.guard import still
+from ..capture.guard import still, uncollected
 from ..capture.static import adds, exclusive, traces
 from ..capture.trace import Frame, Trace, origin
 from ..errors import ConversionError
@@ -37,7 +37,7 @@ def detect(trace: Trace, options: Options | None = None) -> Plan:
         trace: from any capture.
         options: what to drop, move, include; the defaults of `Options` if None.
     """
-    with still(trace.model):
+    with still(trace.model), uncollected():
         return _plan(trace, options or Options())
 
 

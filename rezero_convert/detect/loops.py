@@ -109,6 +109,7 @@ def _is_chosen(place: Place, clause: _Clause, add: Span) -> bool:
     return False
 
 
+@sources.cached
 def _clauses(place: Place) -> list[tuple[_Clause, Sequence[ast.expr | ast.stmt]]]:
     """The `for` clauses of a method with what they repeat, in the order of the text, outer ones first."""
     try:
@@ -183,6 +184,7 @@ def _paths(place: Place, clauses: Sequence[_Clause]) -> Iterator[_Path]:
             yield path
 
 
+@sources.cached
 def _subscripts(place: Place) -> list[ast.Subscript]:
     definition = sources.function(place)
     nodes = ast.walk(definition) if definition is not None else ()

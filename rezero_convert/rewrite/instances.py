@@ -58,7 +58,6 @@ def edits(model: nn.Module, plan: Plan) -> Edits:
     Raises:
         ConversionError: a method is not there, or its text cannot be had, is stale, or cannot be edited.
     """
-    texts: dict[Any, tuple[str, str]] = {}
     classes: list[NewClass] = []
     functions: list[NewFunction] = []
     jobs, flat = _jobs(model, plan)
@@ -71,9 +70,9 @@ def edits(model: nn.Module, plan: Plan) -> Edits:
         for place in job.places():
             found = find(cls, place)
             if found is None:
-                functions += _own(job, place, texts)
+                functions += _own(job, place)
                 continue
-            method = edited_method(recipe, cls, found, *_text_of(texts, place, found.code, job))
+            method = edited_method(recipe, cls, found, *_text_of(place, found.code, job))
             methods[method.definer, method.qualname, method.line] = method
         classes.append(NewClass(job.instance, converted_class(Recipe(recipe.original, tuple(_sorted(methods))))))
     return Edits(classes, functions, [_new_graph(model, job) for job in flat])
@@ -283,7 +282,7 @@ def _held(instance: nn.Module, place: Place) -> Iterator[tuple[str, CodeType]]:
             yield from ((name, code) for code in codes(value) if _is_of(code, place))
 
 
-def _own(job: _Job, place: Place, texts: dict[Any, tuple[str, str]]) -> Iterator[NewFunction]:
+def _own(job: _Job, place: Place) -> Iterator[NewFunction]:
     held = list(_held(job.instance, place))
     if not held:
         cls = type(job.instance).__qualname__
@@ -295,7 +294,7 @@ def _own(job: _Job, place: Place, texts: dict[Any, tuple[str, str]]) -> Iterator
                 f"{place.file}:{place.line}: {job.path or 'the model'} has a {name} of its own that does not take the "
                 "module as its first argument; set it with types.MethodType(function, module)"
             )
-        file, body = _text_of(texts, place, code, job)
+        file, body = _text_of(place, code, job)
         sources.register(file, body)
         yield NewFunction(job.instance, name, rebuilt(value, code, compiled(body, file, code), {}))
 
@@ -312,16 +311,27 @@ def _is_bound(value: Any, instance: nn.Module) -> bool:
 # --- text ---
 
 
-def _text_of(texts: dict[Any, tuple[str, str]], place: Place, code: CodeType, job: _Job) -> tuple[str, str]:
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """Sites that are equal if their text is."""
+
+    essence: tuple[Any, ...]
+    sites: tuple[Site, ...] = dataclasses.field(compare=False)
+
+
+def _text_of(place: Place, code: CodeType, job: _Job) -> tuple[str, str]:
     """File name and text of an edited method; equal edits are made once."""
-    sites, replacement = tuple(job.sites.get(place, ())), job.replacements.get(place)
-    key = (place, code, tuple(_essence(site) for site in sites), replacement)
-    if key not in texts:
-        texts[key] = edited(place, code, sites, replacement)
-    return texts[key]
+    sites = tuple(job.sites.get(place, ()))
+    return _text(place, code, _Asked(tuple(map(_essence, sites)), sites), job.replacements.get(place))
+
+
+@sources.cached
+def _text(place: Place, code: CodeType, asked: _Asked, replacement: tuple[str, str] | None) -> tuple[str, str]:
+    return edited(place, code, asked.sites, replacement)
 
 
 def _essence(site: Site) -> tuple[Any, ...]:
     """What of a site its text depends on."""
     gates = tuple((gate.at, gate.alpha, gate.existing, gate.loops, gate.scale, gate.carries) for gate in site.gates)
-    return gates, site.skip_gate, site.shifts, tuple(norm.at for norm in site.norms), site.activation, site.move
+    norms = tuple((norm.at, norm.action) for norm in site.norms)
+    return site.edited, gates, site.skip_gate, site.shifts, norms, site.activation, site.move

@@ -19,7 +19,7 @@ from torch import fx, nn
 
 from ..capture import facts
 from ..capture.graphs import graph_modules
-from ..capture.guard import still
+from ..capture.guard import still, uncollected
 from ..errors import ConversionError
 from ..known import SWITCHES
 from ..plan import Gate, Plan, Repair
@@ -55,6 +55,7 @@ __all__ = ["alphas", "record", "rewrite", "rezero_gate"]
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
+@uncollected()
 def rewrite(model: nn.Module, plan: Plan) -> ExitStack:
     """Carry out `plan` on `model`, in place.
 

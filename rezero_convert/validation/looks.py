@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..capture.guard import uncollected
 from ..capture.trace import Trace, origin
 from ..detect import blocks as detected
 from ..detect import gates
@@ -140,6 +141,7 @@ def all_of(named: dict[str, nn.Parameter]) -> str:
     return f"all {number(len(named), 'gate')}" if len(named) > 1 else number(len(named), "gate")
 
 
+@uncollected()
 def look_at(subject: Subject, mode: str, trace: Trace) -> Look:
     """The gated blocks of a trace, and the paths of the modules with a block that has no gate at all."""
     facts = flow(trace)

@@ -280,15 +280,15 @@ FAULTS = (
     Fault(
         "instances whose activations were decided differently share a text",
         "rewrite/instances.py",
-        "tuple(norm.at for norm in site.norms), site.activation, site.move\n",
-        "tuple(norm.at for norm in site.norms), site.move\n",
+        "site.skip_gate, site.shifts, norms, site.activation, site.move\n",
+        "site.skip_gate, site.shifts, norms, site.move\n",
         "test_rewrite_modules.py test_forms.py test_overrides.py",
     ),
     Fault(
         "instances whose norms were decided differently share a text",
         "rewrite/instances.py",
-        "tuple(norm.at for norm in site.norms), site.activation, site.move\n",
-        "site.activation, site.move\n",
+        "site.skip_gate, site.shifts, norms, site.activation, site.move\n",
+        "site.skip_gate, site.shifts, site.activation, site.move\n",
         "test_rewrite_modules.py::test_instances_of_one_class_may_differ test_rewrite_modules.py test_forms.py",
     ),
     Fault(
