@@ -30,8 +30,8 @@ FAULTS = (
     Fault(
         "a model in train mode is recorded in train mode",
         GUARD,
-        '                    module.__dict__["training"] = training\n                    # they',
-        "                    # they",
+        '                    attributes["training"] = training\n',
+        "",
         "test_capture.py::test_train_mode_records_dropout test_faults.py",
     ),
     Fault(
@@ -44,15 +44,15 @@ FAULTS = (
     Fault(
         "lists that a forward appends to are put back by their length only",
         GUARD,
-        "if len(container) != len(contents) or any(a is not b for a, b in zip(container, contents, strict=True)):",
+        "if len(container) != len(contents) or not all(map(operator.is_, container, contents)):",
         "if len(container) != len(contents):",
         LEFT_ALONE + "test_faults.py",
     ),
     Fault(
         "backward hooks of the user run",
         GUARD,
-        '                    module.__dict__["_backward_hooks"] = OrderedDict()\n',
-        "",
+        "attributes[name] = OrderedDict()",
+        "attributes[name] = attributes[name]",
         "test_faults.py test_validation.py",
     ),
     Fault(

@@ -203,8 +203,8 @@ FAULTS = (
     Fault(
         "a zero layer beside the branch is repaired",
         GATES,
-        "    for node in branch.cuts:\n        target",
-        "    for node in branch.region[1:]:\n        target",
+        "    for node in (*branch.cuts, *factors):\n",
+        "    for node in branch.region[1:]:\n",
         "test_forms.py::test_a_zero_layer_on_one_path_of_the_branch_is_not_touched",
     ),
     Fault(
@@ -329,8 +329,8 @@ FAULTS = (
     Fault(
         "an activation in place moves onto another's output",
         DRAFTS,
-        "if _works_in_place(flow, user) and any(",
-        "if not _works_in_place(flow, user) and any(",
+        "if works_in_place(flow, user) and any(",
+        "if not works_in_place(flow, user) and any(",
         "test_packages_found.py::test_an_activation_in_place_is_not_moved_onto_another_ones_output",
     ),
     Fault(
