@@ -258,6 +258,15 @@ def test_outputs_that_differ_are_an_error(monkeypatch: pytest.MonkeyPatch) -> No
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def test_weights_come_back_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = converted(Block(lambda m, x: m.fc2(m.fc1(x).relu())), X, 0.5)
+    before = copy.deepcopy(model.state_dict())
+    monkeypatch.setattr(folding, "_close", lambda *args: False)
+    with pytest.raises(rz.ConversionError, match="outputs differ in eval mode"):
+        rz.fold(model, X, inplace=True)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 def test_a_model_without_gates_or_values() -> None:
     with pytest.warns(rz.NoEffectWarning, match="no gates"):
         rz.fold(Block(lambda m, x: m.fc1(x)), X)

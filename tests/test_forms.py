@@ -737,7 +737,7 @@ def test_a_layer_without_bias_gets_the_one_its_norm_had(bias: bool, given: str) 
         assert not converted.conv.bias.any()
 
 
-class EndNorm(Net):
+class EndNormOfLinear(Net):
     def __init__(self) -> None:
         super().__init__(lin=nn.Linear(W, W, bias=False), norm=nn.LayerNorm(W))
 
@@ -746,9 +746,9 @@ class EndNorm(Net):
 
 
 def test_so_it_does_at_the_end_of_the_branch() -> None:
-    site = block(EndNorm(), vectors())
+    site = block(EndNormOfLinear(), vectors())
     assert [(norm.position, norm.bias) for norm in site.norms] == [("end", "lin")]
-    assert rz.convert(EndNorm(), vectors()).lin.bias is not None
+    assert rz.convert(EndNormOfLinear(), vectors()).lin.bias is not None
 
 
 def test_a_norm_without_bias_leaves_none() -> None:

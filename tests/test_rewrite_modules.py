@@ -618,6 +618,8 @@ def test_instances_of_one_class_may_differ() -> None:
     keep = pre_norm_site("1", drop=False)
     rewrite(model, Plan((pre_norm_site("0"), keep)))
     assert type(model[0]) is not type(model[1])
+    assert "norm" not in inspect.getsource(type(model[0]).forward)
+    assert "norm" in inspect.getsource(type(model[1]).forward)
     assert type(model[2]) is PreNorm
     set_alphas(model, 0.5)
     assert torch.equal(model[0](X), X + 0.5 * model[0].fc(X))

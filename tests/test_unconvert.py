@@ -249,6 +249,13 @@ def test_in_place() -> None:
     assert model[0].fc.weight is weight
 
 
+def test_a_copy_leaves_the_given_model_converted() -> None:
+    model = rz.convert(nn.Sequential(PreNorm(), PreNorm()), X)
+    before = layout(model)
+    assert layout(back(model)) != before
+    assert layout(model) == before
+
+
 def test_a_written_out_norm_starts_where_it_started() -> None:
     class Block(PreNorm):
         def __init__(self) -> None:

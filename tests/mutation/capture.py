@@ -196,13 +196,6 @@ FAULTS = (
         "test_graphs.py",
     ),
     Fault(
-        "an input that some layer takes as a weight is a weight",
-        "capture/graphs.py",
-        "return bool(users) and all(_takes_as_weight(user, node) for user in users)",
-        "return bool(users) and any(_takes_as_weight(user, node) for user in users)",
-        "test_graphs.py::test_an_input_that_is_no_weight_is_not_taken_for_one test_graphs.py",
-    ),
-    Fault(
         "dropout without a source text is off in train mode",
         "capture/stand_ins.py",
         '_Code("self.training" if other.value else "not self.training")',
