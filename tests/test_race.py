@@ -51,7 +51,7 @@ def test_arguments_out_of_range_are_refused() -> None:
 def test_a_method_that_cannot_be_written_is_refused_before_anything_is_trained() -> None:
     runs: list[rz.Run] = []
     with pytest.raises(rz.ConversionError, match="zeroed: "):
-        short({"original": None, "zeroed": {"method": "pre-norm"}}, on_run=runs.append)
+        short({"original": None, "zeroed": {"method": "highway", "alpha_init": "preserve"}}, on_run=runs.append)
     assert not runs
 
 
