@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 from pathlib import Path
 
 import torch
@@ -52,3 +53,9 @@ def test_a_text_is_known_for_the_length_of_a_call_only(tmp_path: Path) -> None:
     assert len(rz.audit(model, torch.randn(2, 8)).plan.converted) == 1
     again = rz.convert_source(file.read_text(), file=str(file), model=model, example_inputs=torch.randn(2, 8))
     assert again.text == made.text
+
+
+def test_a_text_of_no_file_goes_after_the_call() -> None:
+    with sources.registered("<nowhere>", "x = 1\n"):
+        assert sources.text("<nowhere>") == "x = 1\n"
+    assert "<nowhere>" not in linecache.cache

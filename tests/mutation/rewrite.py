@@ -6,7 +6,6 @@ from .fault import Fault
 
 TEXT, MODULES, CHANGES, SUBCLASS = "rewrite/text.py", "rewrite/modules.py", "rewrite/changes.py", "rewrite/subclass.py"
 RESTORE, GRAPHS, RECOMPILE, JOBS = "rewrite/restore.py", "rewrite/graphs.py", "rewrite/recompile.py", "rewrite/jobs.py"
-UNDONE = "test_rewrite_modules.py::test_an_error_leaves_the_model_as_it_was "
 
 FAULTS = (
     # text
@@ -23,13 +22,6 @@ FAULTS = (
         "operator=cst.Multiply(), right=parenthesised(operand))",
         "operator=cst.Multiply(), right=operand)",
         "test_rewrite_text.py::test_gate_forms",
-    ),
-    Fault(
-        "an edit in the last line of a text is passed over",
-        TEXT,
-        "self.first <= span.line and span.end_line <= self.last",
-        "self.first <= span.line and span.end_line < self.last",
-        "test_rewrite_text.py",
     ),
     Fault(
         "columns count characters",
@@ -53,20 +45,6 @@ FAULTS = (
         "test_rewrite_text.py::test_norm_forms",
     ),
     Fault(
-        "x -= f becomes a sum",
-        TEXT,
-        "operator = cst.Add() if isinstance(original_node.operator, cst.AddAssign) else cst.Subtract()",
-        "operator = cst.Add()",
-        "test_rewrite_text.py",
-    ),
-    Fault(
-        "the right side of x -= a + b loses its parentheses",
-        TEXT,
-        "cst.BinaryOperation(left=target, operator=operator, right=_as_right_operand(updated_node.value))",
-        "cst.BinaryOperation(left=target, operator=operator, right=updated_node.value)",
-        "test_rewrite_text.py",
-    ),
-    Fault(
         "self.h += f(x) with a gate on its target calls what makes the target twice",
         TEXT,
         "            if not _is_path(original_node.target):\n                raise",
@@ -85,16 +63,9 @@ FAULTS = (
         TEXT,
         '_wrap(cst.BinaryOperation(cst.Integer("1"), cst.Subtract(), alpha))',
         '_wrap(cst.BinaryOperation(alpha, cst.Subtract(), cst.Integer("1")))',
-        "test_methods.py::test_files_say_the_form test_methods.py::test_a_twin_computes_the_same[gated-authors-dense]",
+        "test_methods.py::test_files_say_the_form",
     ),
     # memory
-    Fault(
-        "a stream gets as wide as its gate",
-        SUBCLASS,
-        "    return (alpha * branch).to(branch.dtype)\n",
-        "    return alpha * branch\n",
-        "test_rewrite_modules.py::test_alpha_has_its_owners_dtype_and_the_stream_keeps_its_own",
-    ),
     Fault(
         "a half-precision gate sums its gradient in half precision",
         SUBCLASS,
@@ -142,35 +113,28 @@ FAULTS = (
         SUBCLASS,
         "((_Quiet,) if hears else ()) + (base, *others)",
         "((_Quiet,) if hears else ()) + (*others, base)",
-        "test_rewrite_modules.py::test_an_edited_base_below_a_child_with_super test_rewrite_modules.py",
+        "test_rewrite_modules.py::test_an_edited_base_below_a_child_with_super",
     ),
     Fault(
         "an error leaves new attributes behind",
         CHANGES,
         "        undo.callback(mapping.pop, key)\n",
         "        pass\n",
-        UNDONE,
+        "test_rewrite_modules.py::test_an_error_leaves_the_model_as_it_was",
     ),
     Fault(
         "an error leaves the converted classes behind",
         CHANGES,
         '    undo.callback(object.__setattr__, instance, "__class__", type(instance))\n',
         "",
-        UNDONE,
-    ),
-    Fault(
-        "what is taken back is the new value itself",
-        CHANGES,
-        "    if not parameter.is_meta:\n        undo.callback(overwrite, parameter, parameter.detach().clone())",
-        "    if not parameter.is_meta:\n        undo.callback(overwrite, parameter, parameter.detach())",
-        UNDONE + "test_rewrite_modules.py test_validation.py::test_convert_refuses_what_does_not_hold",
+        "test_rewrite_modules.py::test_an_error_leaves_the_model_as_it_was",
     ),
     Fault(
         "an error leaves children in another order",
         CHANGES,
         "    undo.callback(mapping.update, before)  # in the old order\n    undo.callback(mapping.clear)\n",
         "    undo.callback(mapping.update, before)\n",
-        UNDONE + "test_rewrite_modules.py test_growing.py",
+        "test_rewrite_modules.py::test_an_error_leaves_the_model_as_it_was",
     ),
     Fault(
         "constant gates are trained",
@@ -191,7 +155,7 @@ FAULTS = (
         MODULES,
         "if hasattr(owner, head) and not begun:",
         "if head in owner._parameters:",
-        UNDONE + "test_rewrite_modules.py",
+        "test_rewrite_modules.py::test_an_error_leaves_the_model_as_it_was",
     ),
     Fault(
         "a second gate of a module hides the first",
@@ -208,25 +172,11 @@ FAULTS = (
         "test_rewrite_modules.py::test_a_norm_that_something_keeps_stays",
     ),
     Fault(
-        "a norm that is called leaves a hole in its list",
-        MODULES,
-        'elif "slot" in wanted or isinstance(holder, _CONTAINERS):',
-        'elif "slot" in wanted:',
-        "test_rewrite_modules.py test_unconvert.py test_forms.py",
-    ),
-    Fault(
-        "biases in a norm's place are trained in frozen layers",
-        MODULES,
-        "    return nn.Parameter(bias, requires_grad=weight.requires_grad)\n",
-        "    return nn.Parameter(bias)\n",
-        "test_rewrite_modules.py test_unconvert.py",
-    ),
-    Fault(
         "a reset of a zero weight draws its bias anew",
         MODULES,
         "            if tensor is not parameter:\n                overwrite(tensor, value)\n",
         "            if tensor is parameter:\n                continue\n",
-        "test_rewrite_modules.py::test_repairs test_rewrite_modules.py test_checkpoints.py",
+        "test_rewrite_modules.py::test_repairs",
     ),
     Fault(
         "a gate that was there keeps its value",
@@ -234,20 +184,6 @@ FAULTS = (
         "            fill(undo, parameter, gate.init)\n",
         "",
         "test_rewrite_modules.py::test_an_existing_gate_is_reset_and_listed",
-    ),
-    Fault(
-        "methods that instances hold run the old code",
-        CHANGES,
-        "    for owner in dict.fromkeys([id(holder), *owners]):",
-        "    for owner in dict.fromkeys([id(holder)]):",
-        "test_overrides.py",
-    ),
-    Fault(
-        "keyword defaults are lost",
-        RECOMPILE,
-        "    made.__kwdefaults__ = like.__kwdefaults__\n",
-        "",
-        "test_rewrite_modules.py test_overrides.py",
     ),
     Fault(
         "two texts of one method have one file name",
@@ -264,18 +200,11 @@ FAULTS = (
         "test_rewrite_modules.py::test_a_file_that_changed_since_import_is_refused",
     ),
     Fault(
-        "instances whose activations were decided differently share a text",
-        "rewrite/instances.py",
-        "site.skip_gate, site.shifts, norms, site.activation, site.move\n",
-        "site.skip_gate, site.shifts, norms, site.move\n",
-        "test_rewrite_modules.py test_forms.py test_overrides.py",
-    ),
-    Fault(
         "an encoder reads norms of its layers that went",
         "known.py",
         '    (nn.TransformerEncoder, "torch.backends.mha.get_fastpath_enabled()", "False"),\n',
         "",
-        "test_rewrite_modules.py test_oracles.py::test_gates_take_effect_in_eval_without_gradients",
+        "test_oracles.py::test_gates_take_effect_in_eval_without_gradients",
     ),
     # taking back
     Fault(
@@ -300,20 +229,6 @@ FAULTS = (
         "test_unconvert.py::test_a_bias_in_a_norms_place",
     ),
     Fault(
-        "two conversions are taken back in the wrong order",
-        RESTORE,
-        "for entry in reversed(_records(module)):",
-        "for entry in _records(module):",
-        "test_unconvert.py",
-    ),
-    Fault(
-        "the configuration still tells of the conversion",
-        RESTORE,
-        "            unmark(undo, module)\n",
-        "",
-        "test_checkpoints.py test_unconvert.py",
-    ),
-    Fault(
         "lists of alphas stay",
         RESTORE,
         "for mapping in (module._parameters, module._modules):",
@@ -333,13 +248,6 @@ FAULTS = (
         '            elif hasattr(type(module), "rezero_recipe"):',
         '            elif "rezero_recipe" in type(module).__dict__:',
         "test_unconvert.py::test_a_class_derived_from_a_converted_one_is_refused_and_nothing_changes",
-    ),
-    Fault(
-        "a norm comes back in train mode",
-        CHANGES,
-        "    return module.train(holder.training)\n",
-        "    return module.train()\n",
-        "test_unconvert.py",
     ),
     Fault(
         "weights of written-out norms come back without a value",
@@ -389,21 +297,21 @@ FAULTS = (
         GRAPHS,
         "            if norm.bias:\n                self.bias(",
         "            if not norm.bias:\n                self.bias(",
-        "test_graphs.py::test_the_bias_of_a_dropped_batch_norm_stays test_graph_forms.py",
+        "test_graphs.py::test_the_bias_of_a_dropped_batch_norm_stays",
     ),
     Fault(
         "graphs: the activation stays behind the sum as well",
         GRAPHS,
         "                self.drop(self.node(site.activation.at), self.value(site.activation.at))\n",
         "                pass\n",
-        "test_graph_forms.py::test_decomposed_activations_move_into_the_branch test_graphs.py",
+        "test_graph_forms.py::test_decomposed_activations_move_into_the_branch",
     ),
     Fault(
         "graphs: the given graph is edited",
         GRAPHS,
         "self.graph: fx.Graph = copy.deepcopy(module.graph)",
         "self.graph: fx.Graph = module.graph",
-        "test_graphs.py::test_the_conversion_holds_and_the_given_graph_stays test_graphs.py",
+        "test_graphs.py::test_the_conversion_holds_and_the_given_graph_stays",
     ),
     # files
     Fault(
@@ -428,14 +336,6 @@ FAULTS = (
         "test_rewrite_source.py::test_a_norm_that_is_still_read_is_refused",
     ),
     Fault(
-        "constant gates are trained in a file",
-        "rewrite/alphas.py",
-        "{'' if gate.trainable else ', requires_grad=False'}",
-        "",
-        "test_methods.py::test_files_say_the_form "
-        "test_methods.py::test_a_rewritten_file_computes_what_the_model_computes",
-    ),
-    Fault(
         "classes that skip the constructor have no alphas",
         "rewrite/alphas.py",
         "        return [cls, *below]\n",
@@ -457,18 +357,11 @@ FAULTS = (
         "test_rewrite_source.py::test_instances_decided_differently_are_refused",
     ),
     Fault(
-        "a gate with two start values has the first",
-        JOBS,
-        "if known is not None and _start(known[0]) != _start(gate):",
-        "if known is not None and known[0].alpha != gate.alpha:",
-        "test_rewrite_source.py test_methods.py test_agreement.py",
-    ),
-    Fault(
         "an alpha is made in an arm though its branch runs without the child",
         JOBS,
         "            if any(_uses(part, chain) for part in _own_expressions(stmt)):",
         "            if any(_uses(part, chain) for part in _own_expressions(stmt)) or holds(stmt):",
-        "test_rewrite_source.py::test_after_the_if_when_the_branch_can_do_without_the_child test_rewrite_source.py",
+        "test_rewrite_source.py::test_after_the_if_when_the_branch_can_do_without_the_child",
     ),
     Fault(
         "a checkpoint's missing alphas are left to what is in memory",
@@ -478,24 +371,10 @@ FAULTS = (
         "test_rewrite_source.py::test_gpt2_sets_its_alphas_in_its_own_init_weights",
     ),
     Fault(
-        "a heir's own _init_weights does not set the alphas",
-        "rewrite/pretrained.py",
-        "            if own is not None and not _calls_super(own):",
-        "            if own is not None and _calls_super(own):",
-        "test_rewrite_source.py test_agreement.py test_packages_found.py",
-    ),
-    Fault(
         "a gate that was there starts where it did in the file",
         "rewrite/gates.py",
         '    if filled is value and (tail.removesuffix("_like"), init) in (("zeros", 0.0), ("ones", 1.0)):',
         '    if filled is value and (tail.removesuffix("_like"), init) in (("zeros", 0.0), ("ones", 0.0)):',
         "test_rewrite_source.py::test_existing_gates_start_at_zero",
-    ),
-    Fault(
-        "a statement that zeroes a branch's last layer stays",
-        "rewrite/norms.py",
-        '    return tail in ("zeros_", "zero_") or (',
-        '    return tail in ("zeros_",) or (',
-        "test_rewrite_source.py",
     ),
 )
