@@ -83,3 +83,17 @@ def test_growing_spends_the_same_and_goes_through_all_depths(monkeypatch: pytest
     grown, whole = (grow.trained(depths, 192, seed=0) for depths in ((6, 12, 24), (24,)))
     assert sorted({depth for _, depth, _ in grown}) == [6, 12, 24]
     assert grown[-1][0] <= whole[-1][0] == 192
+
+
+def test_the_readme_has_the_cost_of_conversions_that_the_script_prints(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "benchmarks"))
+    import convert_cost
+
+    monkeypatch.setattr(sys, "argv", ["convert_cost.py", "--read", str(RESULTS / "convert_cost.json")])
+    convert_cost.main()
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    readme = (ROOT / "README.md").read_text().splitlines()
+    assert len(printed) > 10
+    assert [line for line in printed if line not in readme] == []
