@@ -42,6 +42,11 @@ def test_a_factory_that_gives_one_model_twice_is_refused() -> None:
     assert all(map(torch.equal, model.parameters(), before))
 
 
+def test_a_method_that_changes_nothing_is_no_entrant() -> None:
+    with pytest.raises(rz.ConversionError, match=r"rezero: nothing was rewritten"):
+        rz.race(lambda: nn.Linear(8, 2), batches, ["original", "rezero"], lrs=[0.01], thresholds=[2.0], seeds=[0])
+
+
 def test_arguments_out_of_range_are_refused() -> None:
     for wrong in ({"lrs": []}, {"seeds": []}, {"thresholds": []}, {"steps": 0}, {"every": 0}, {"methods": []}):
         with pytest.raises(rz.ConversionError, match="a race takes"):

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from .. import files
 from ..api import convert
-from ..errors import ConversionError
+from ..errors import ConversionError, NoEffectWarning
 from ..listing import plain
 
 Entrant = Mapping[str, Any] | Callable[[], nn.Module] | None
@@ -226,8 +227,9 @@ def race(
         reached a threshold.
 
     Raises:
-        ConversionError: a model cannot be converted by a method, nothing was trained yet then; an argument is out of
-            its range; `make_model` gives one model twice; the batches run out; or `keep` is a file of other runs.
+        ConversionError: a model cannot be converted by a method, or has nothing that a method would change; nothing was
+            trained yet then; an argument is out of its range; `make_model` gives one model twice; the batches run out;
+            or `keep` is a file of other runs.
 
     Example:
         >>> import torch, rezero_convert as rz
@@ -349,8 +351,10 @@ def _made(
     model = entrant() if callable(entrant) else make_model()
     if isinstance(entrant, Mapping):
         try:
-            model = convert(model, inputs, inplace=True, verify=verify, **entrant)
-        except ConversionError as error:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", NoEffectWarning)
+                model = convert(model, inputs, inplace=True, verify=verify, **entrant)
+        except (ConversionError, NoEffectWarning) as error:
             raise ConversionError(f"{name}: {error}") from error
     torch.manual_seed(seed)
     return model.train()
