@@ -950,7 +950,7 @@ def test_an_imported_layer_scale_is_set_by_the_argument_that_its_class_fills_it_
 def test_an_imported_layer_scale_without_a_start_argument_is_refused(tmp_path: Path) -> None:
     fixed = SCALES.replace(", start=1e-5", "").replace("start *", "1e-5 *")
     result = imported(tmp_path, "Scale(dim, init_std=0.1)", fixed)
-    assert "ls.gamma" in str(result)
+    assert "ls.gamma" in str(result.report)
     assert result.text == IMPORTED.replace("MADE", "Scale(dim, init_std=0.1)")
 
 
