@@ -865,3 +865,26 @@ def test_a_list_of_gates_that_cannot_be_finished_leaves_nothing(monkeypatch: pyt
         rz.convert(traced, x, inplace=True)
     assert list(traced.state_dict()) == keys
     assert torch.equal(traced(x), before)
+
+
+class Pooled(nn.Module):
+    """What reads a part of a dropped norm's output reads that part of the sum."""
+
+    def __init__(self, functional: bool) -> None:
+        super().__init__()
+        self.fc, self.norm, self.functional = nn.Linear(8, 8), nn.LayerNorm(8), functional
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x + torch.relu(self.fc(x))
+        x = torch.nn.functional.layer_norm(x, (8,)) if self.functional else self.norm(x)
+        return x[0], x[:, :1]
+
+
+@pytest.mark.parametrize("functional", [False, True])
+@pytest.mark.parametrize("door", DOORS)
+def test_parts_of_a_dropped_norms_output_stay_parts(door: str, functional: bool) -> None:
+    model, x = Pooled(functional).eval(), torch.randn(2, 5, 8)
+    graph = rz.convert(DOORS[door](model, x), x)
+    first, column = graph(x)
+    assert torch.equal(first, x[0])
+    assert torch.equal(column, x[:, :1])

@@ -270,7 +270,7 @@ class _Editor:
                 entry = self.graph.call_function(torch.ops.aten.contiguous.default, (entry,))
             entry.meta.update({key: node.meta[key] for key in _PLACE if key in node.meta})
             entry.meta.update({key: self.value(at).meta[key] for key in _VALUE if key in self.value(at).meta})
-        parts = [user for user in node.users if user.target is operator.getitem]
+        parts = [user for user in node.users if user.target is operator.getitem] if _gives_several(node) else []
         for part in parts:
             if part.args[1] == 0:
                 self.drop(part, entry)
@@ -325,6 +325,13 @@ class _Editor:
             sources_of = node.all_input_nodes
             self.graph.erase_node(node)
             waiting += sources_of
+
+
+def _gives_several(node: fx.Node) -> bool:
+    """Whether an operation returns a tuple, with statistics beside the result: `x[0]` of a tensor is another thing."""
+    if isinstance(node.target, OpOverload):
+        return len(node.target._schema.returns) > 1
+    return node.op == "call_function" and operation(node.target).lstrip("_").startswith(("native_", "fused_rms_norm"))
 
 
 _PLACE = ("nn_module_stack", "stack_trace", "source_fn_stack")
