@@ -888,3 +888,23 @@ def test_parts_of_a_dropped_norms_output_stay_parts(door: str, functional: bool)
     first, column = graph(x)
     assert torch.equal(first, x[0])
     assert torch.equal(column, x[:, :1])
+
+
+class AttentionBeforeANorm(nn.Module):
+    """A norm written out behind what is one of two results of a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.weight = nn.MultiheadAttention(8, 2, batch_first=True), nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.attn(x, x, x)[0]
+        return x + self.weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+def test_a_written_out_norm_of_one_of_several_results() -> None:
+    model, x = AttentionBeforeANorm().eval(), torch.randn(2, 5, 8)
+    graph = rz.convert(fx.symbolic_trace(model), x)
+    with torch.no_grad():
+        dict(rz.alphas(graph))["alpha"].fill_(0.5)
+    assert torch.allclose(graph(x), x + 0.5 * model.attn(x, x, x)[0], atol=1e-6)

@@ -198,6 +198,21 @@ def target(span: Span) -> str:
     return _targets(span.file).get(span.line, "")
 
 
+def element(file: str, variable: str, key: Any) -> str:
+    """The variable of generated code that holds one result of a call of several, `first = both[0]`; "" if none does."""
+    return _elements(file).get((variable, key), "")
+
+
+@sources.cached
+def _elements(file: str) -> dict[tuple[str, Any], str]:
+    found: dict[tuple[str, Any], str] = {}
+    for node in ast.walk(sources.tree(file)):
+        match node:
+            case ast.Assign([ast.Name(name)], ast.Subscript(ast.Name(variable), ast.Constant(key))):
+                found[variable, key] = name
+    return found
+
+
 @sources.cached
 def _targets(file: str) -> dict[int, str]:
     found: dict[int, str] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -122,10 +123,19 @@ def in_graph(flow: Flow, node: int) -> Operand | None:
     entry = flow.inputs[node][0]
     before = flow.origin(entry).frames
     if before and before[-1].span.file == last.span.file:
-        return Operand(last.place, last.span, code.target(before[-1].span))
+        variable, given = code.target(before[-1].span), flow.nodes[entry]
+        if given.target is operator.getitem and flow.inputs[entry] and _is_element(flow, entry):
+            variable = code.element(last.span.file, variable, given.args[1])
+        return Operand(last.place, last.span, variable) if variable else None
     if flow.nodes[entry].op == "placeholder" and isinstance(flow.trace.model, fx.GraphModule):
         return Operand(last.place, last.span, str(flow.nodes[entry].target))
     return None
+
+
+def _is_element(flow: Flow, node: int) -> bool:
+    """Whether a node takes a result out of the tuple that one call of a module returned."""
+    (source, *_) = flow.inputs[node]
+    return flow.origin(source).frames == flow.origin(node).frames
 
 
 def calls(flow: Flow) -> Iterator[int]:
