@@ -18,6 +18,7 @@ from .codes import BLOCKS_LEFT
 from .detect import detect
 from .errors import ConversionError, NoEffectWarning
 from .listing import number
+from .methods import METHODS
 from .options import options as make_options
 from .plan import Options, Plan
 from .report import Report
@@ -273,7 +274,8 @@ def _warn_of_marker(model: nn.Module) -> None:
 def _nothing(plan: Plan) -> str:
     gated = len(plan.of("gated"))
     if gated:
-        return f"nothing was rewritten: {gated} residual blocks are gated already"
+        done = "with the norm at its place" if METHODS[plan.options.method].placement else "gated already"
+        return f"nothing was rewritten: {number(gated, 'residual block')} {done}"
     left = [site for site in plan.of("refused") if site.code in BLOCKS_LEFT]
     if left:
         others = f" (and {len(left) - 1} more)" if len(left) > 1 else ""

@@ -206,12 +206,17 @@ def totals(report: Report) -> str:
     """One line: adds per verdict, gates, norms, adds that were only counted."""
     done = report.plan.converted
     norms = {
-        (norm.path, norm.at.span if norm.at else site.span)
+        (site.cls, norm.path) if norm.path else (norm.at.span if norm.at else site.span)
         for site in done
         for norm in site.norms
         if norm.action != "keep"
     }
-    gates = {(site.path, site.cls, gate.alpha) for site in done for gate in site.gates}
+    gates = {
+        (site.path, site.cls, name)
+        for site in done
+        for gate in site.gates
+        for name in gate.parameters() or (gate.alpha,)
+    }
     # A verdict without a plural of its own reads as a number of adds.
     parts = [f"{count} {_PLURALS.get(verdict, verdict)}" for verdict, count in report.counts.items() if count]
     line = ", ".join(parts) if parts else "no adds of tensors"

@@ -251,6 +251,27 @@ def test_html(plan: Plan) -> None:
         assert html_escape(site.form or site.reason) in html
 
 
+class Looped(torch.nn.Module):
+    """Four branches behind one add; and a norm that two branches read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(4))
+        self.norm, self.a, self.b = torch.nn.LayerNorm(8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + torch.relu(layer(x))
+        x = x + torch.relu(self.a(self.norm(x)))
+        return x + torch.relu(self.b(self.norm(x)))
+
+
+def test_the_total_counts_gates_and_norms_of_the_model() -> None:
+    model, x = Looped(), torch.randn(2, 8)
+    line = str(rz.audit(model, x)).splitlines()[-1]
+    assert f"{len(list(rz.alphas(rz.convert(model, x))))} gates, 1 norm dropped" in line
+
+
 def test_the_short_form_is_one_line(plan: Plan) -> None:
     assert repr(Report(plan, title="Net")).startswith("<Report on Net, total: ")
     assert "\n" not in repr(Report(plan))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from ..errors import ConversionError
 from .classes import (
@@ -27,17 +27,25 @@ from .splice import Edit, Function, Source, after, insert, statements
 
 
 def drop(
-    source: Source, cls: ast.ClassDef, path: str, reads: list[tuple[list[ast.ClassDef], tuple[str, ...]]]
-) -> tuple[set[ast.stmt], list[Edit], list[str]]:
-    """Statements and edits that do away with a norm that is not called any more, and remarks."""
+    source: Source,
+    cls: ast.ClassDef,
+    path: str,
+    reads: list[tuple[list[ast.ClassDef], tuple[str, ...]]],
+    unmade: dict[ast.stmt, list[tuple[str, str]]],
+) -> tuple[set[ast.stmt], list[str]]:
+    """Statements that go with a norm that is not called any more, and remarks.
+
+    Args:
+        reads: gets what must not be read any more.
+        unmade: gets the assignments, with what goes of each: the names of `self` and of the attribute.
+    """
     *above, attribute = path.split(".")
     hosts = [cls] if not above else _classes_at(source, cls, above)
     made = [item for host in hosts for item in makers(source, host, attribute)]
     if not made:
         note = f"{source.file}:{cls.lineno}: {path} of {cls.name} is not called now, but made elsewhere; it stays"
-        return set(), [], [note]
+        return set(), [note]
     leaves: set[ast.stmt] = set()
-    edits: list[Edit] = []
     families = [related(source, made_in) for made_in in dict.fromkeys(item.host for item in made)]
     for family in families:
         reads.append((family, (attribute,)))
@@ -45,18 +53,14 @@ def drop(
             for function in methods_of(member):
                 for stmt in statements(function.body):
                     if assigned_values(stmt, self_name(function), attribute):
-                        changed = _unassigned(source, stmt, self_name(function), attribute)
-                        if changed is None:
-                            leaves.add(stmt)
-                        else:
-                            edits.append(changed)
+                        unmade.setdefault(stmt, []).append((self_name(function), attribute))
             leaves |= {
                 s for s in member.body if isinstance(s, ast.AnnAssign) and attribute_chain(s.target) == (attribute,)
             }
         leaves |= {call.stmt for call in init_calls(source, family, attribute)}
     if above:
         reads.append((related(source, cls), (*above, attribute)))
-    return leaves, edits, []
+    return leaves, []
 
 
 def _classes_at(source: Source, cls: ast.ClassDef, parts: list[str]) -> list[ast.ClassDef]:
@@ -68,16 +72,15 @@ def _classes_at(source: Source, cls: ast.ClassDef, parts: list[str]) -> list[ast
     return list(dict.fromkeys(found))
 
 
-def _unassigned(source: Source, stmt: ast.stmt, me: str, attribute: str) -> Edit | None:
-    """The statement without its assignment to the attribute; None if nothing else is left of it.
+def unassigned(source: Source, stmt: ast.stmt, gone: Collection[tuple[str, str]]) -> Edit | None:
+    """The statement without its assignments to these attributes; None if nothing else is left of it.
 
     Raises:
         ConversionError: the statement does more than that.
     """
     if not isinstance(stmt, ast.Assign):
         return None
-    wanted = (me, attribute)
-    targets = [t for t in stmt.targets if attribute_chain(t) != wanted]
+    targets = [target for target in stmt.targets if attribute_chain(target) not in gone]
     if not targets:
         return None
     start, end = source.span(stmt)
@@ -85,13 +88,14 @@ def _unassigned(source: Source, stmt: ast.stmt, me: str, attribute: str) -> Edit
         return Edit(start, end, " = ".join(source.segment(node) for node in (*targets, stmt.value)))
     target = targets[0]
     if len(targets) > 1 or not isinstance(target, ast.Tuple) or not isinstance(stmt.value, ast.Tuple):
-        raise ConversionError(f"{source.file}:{stmt.lineno}: {attribute} cannot be taken out of this assignment")
+        names = ", ".join(name for _, name in gone)
+        raise ConversionError(f"{source.file}:{stmt.lineno}: {names} cannot be taken out of this assignment")
     left = [
         (source.segment(a), source.segment(b))
         for a, b in zip(target.elts, stmt.value.elts, strict=True)
-        if attribute_chain(a) != wanted
+        if attribute_chain(a) not in gone
     ]
-    return Edit(start, end, f"{', '.join(a for a, _ in left)} = {', '.join(b for _, b in left)}")
+    return Edit(start, end, f"{', '.join(a for a, _ in left)} = {', '.join(b for _, b in left)}") if left else None
 
 
 def check_reads(source: Source, family: list[ast.ClassDef], chain: tuple[str, ...], gone: set[ast.stmt]) -> None:

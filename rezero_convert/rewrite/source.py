@@ -19,7 +19,7 @@ from .classes import spelling
 from .gates import arm_edits, existing_edits
 from .jobs import Jobs, check_agreement, collect, elsewhere, undecided
 from .leftovers import leftovers
-from .norms import bias_edits, check_reads, drop, repair, slot_edits
+from .norms import bias_edits, check_reads, drop, repair, slot_edits, unassigned
 from .pretrained import pretrained_edits
 from .splice import Edit, Source, apply, parse, remove
 from .starts import start_edits
@@ -108,11 +108,15 @@ def _class_edits(source: Source, jobs: Jobs) -> tuple[list[Edit], list[str]]:
         edits += bias_edits(source, source.classes[index], path, names)
     leaves: set[ast.stmt] = set()
     reads: list[tuple[list[ast.ClassDef], tuple[str, ...]]] = []
+    unmade: dict[ast.stmt, list[tuple[str, str]]] = {}
     for index, path in jobs.dropped:
-        found, changed, said = drop(source, source.classes[index], path, reads)
+        found, said = drop(source, source.classes[index], path, reads, unmade)
         leaves |= found
-        edits += changed
         notes += said
+    for stmt, attributes in unmade.items():
+        left = unassigned(source, stmt, attributes)
+        leaves |= {stmt} if left is None else set()
+        edits += [] if left is None else [left]
     for index, path, how, factor in jobs.starts:
         edits += start_edits(source, source.classes[index], path, how, factor, names)
     for index, path, how, certain in jobs.repairs:
