@@ -501,3 +501,27 @@ def test_in_place_and_again() -> None:
     assert [name for name, _ in rz.alphas(again)] == ["alpha"]
     assert torch.equal(again(X), X)
     assert modules.record(again) is not None
+
+
+class Unpacked(nn.Module):
+    def __init__(self, told: bool) -> None:
+        super().__init__()
+        self.attn, self.told = nn.MultiheadAttention(8, 2, batch_first=True), told
+
+    def forward(self, x: Tensor) -> Any:
+        y, weights = self.attn(x, x, x)
+        return (x + y, weights) if self.told else x + y
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_attention_whose_weights_nobody_reads_is_folded(told: bool) -> None:
+    x = torch.randn(2, 3, 8)
+    model = rz.convert(Unpacked(told), x, alpha_init=0.5).eval()
+    if told:
+        with pytest.warns(UserWarning, match="also read"):
+            folded = rz.fold(model, x)
+    else:
+        folded = rz.fold(model, x)
+        assert list(rz.alphas(folded)) == []
+        assert torch.allclose(folded(x), model(x), atol=1e-6)
+    assert bool(list(rz.alphas(folded))) is told

@@ -6,6 +6,7 @@ would change on the way must be on the way itself.
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -151,7 +152,8 @@ def _check_readers(walk: _Walk) -> None:
 
 
 def _reads_form_only(node: fx.Node) -> bool:
-    return node.op != "output" and operation(node.target) in _FORMS
+    unread = node.target is operator.getitem and not node.users  # a further result that nobody wants
+    return unread or (node.op != "output" and operation(node.target) in _FORMS)
 
 
 _FORMS = frozenset(

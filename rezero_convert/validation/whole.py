@@ -151,7 +151,7 @@ def _validated(subject: Subject, broken: list[str]) -> Validation:
         subject = replace(subject, named={name: subject.model.get_parameter(name) for name in names})
     if not (subject.named or broken or asked(subject) or carrying(subject)):
         raise ConversionError(
-            f"{type(subject.model).__qualname__}: there is no gate to validate: the model was not converted, or had nothing to convert"
+            f"{type(subject.model).__qualname__}: there is no gate to validate: nothing was converted"
         )
     checks = [check for look in looks for check in (*placed(subject, look), *carried(subject, look))]
     if not (subject.named or broken):
