@@ -996,6 +996,25 @@ def test_a_model_that_alone_cannot_be_differentiated_is_another_model() -> None:
     assert "only one model" in checks["gradients", "train"].detail
 
 
+class DeadInside(nn.Module):
+    """A branch of a bias alone: its ReLU lets nothing through, so that its weights get gradients of zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 4), nn.Linear(4, 4)
+        nn.init.constant_(self.up.bias, -100.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.down(torch.relu(self.up(x)))
+
+
+def test_a_branch_whose_weights_get_gradients_of_zeros() -> None:
+    x = torch.randn(2, 4)
+    failures = rz.validate(rz.convert(DeadInside(), x, verify=False), x).failures
+    assert len(failures) == 2
+    assert all("branch-alive" in failure for failure in failures)
+
+
 class Expert(nn.Module):
     """Multiplies by its matrices in one grouped product, as mixtures of experts do, one of them turned around."""
 
