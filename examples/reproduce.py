@@ -170,9 +170,9 @@ def deep(asked: argparse.Namespace) -> None:
     )
     print(f"gates with a gradient: {found['live']:,} of {found['layers']:,}.")
     if losses:
-        first, last = mean(losses[:5]), mean(losses[-5:])
         print(
-            f"{len(losses)} steps of Adagrad {found['lr']:g}: training loss {first:.3f} -> {last:.3f} (means of five)."
+            f"{len(losses)} steps of Adagrad {found['lr']:g}: training loss {losses[0]:.3f} at first, "
+            f"{max(losses):.3f} at most, {losses[-1]:.3f} at last."
         )
     print()
 
