@@ -25,6 +25,30 @@ class Net(nn.Module):
             setattr(self, name, child)
 
 
+class Parallel(nn.Module):
+    """Two branches are added to one skip."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.a(x)) + torch.tanh(self.b(x))
+
+
+class Walked(nn.Module):
+    """Adds in a loop over its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return x
+
+
 class Linears(Net):
     """Two linear layers to compute with."""
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import relatives
 import torch
+from nets import Parallel, Walked
 from test_norm_placements import DOORS, from_text
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -66,15 +67,6 @@ def twin(net: Any, x: Tensor, gates: list[nn.Module]) -> Tensor:
 # What is refused
 
 
-class Parallel(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + torch.tanh(self.a(x)) + torch.tanh(self.b(x))
-
-
 class Expression(Parallel):
     def forward(self, x: Tensor) -> Tensor:
         return x.clone() + torch.tanh(self.a(x))
@@ -83,17 +75,6 @@ class Expression(Parallel):
 class Subtracted(Parallel):
     def forward(self, x: Tensor) -> Tensor:
         return x - torch.tanh(self.a(x))
-
-
-class Walked(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = x + torch.tanh(layer(x))
-        return x
 
 
 class Helped(Parallel):

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import relatives
 import torch
+from nets import Parallel, Walked
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -130,15 +131,6 @@ def test_preserving_is_refused_where_no_gate_preserves(method: str) -> None:
         rz.convert(model, x, method=method, alpha_init="preserve")
 
 
-class Parallel(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + torch.tanh(self.a(x)) + torch.tanh(self.b(x))
-
-
 class Scaled(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -146,17 +138,6 @@ class Scaled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.gamma * torch.tanh(self.fc(x))
-
-
-class Walked(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = x + torch.tanh(layer(x))
-        return x
 
 
 class Reshaped(nn.Module):
