@@ -19,7 +19,9 @@ from .patterns import POINTWISE
 from .sums import weight
 
 _ZERO_AT_ZERO = frozenset({"tanh", "sin", "neg", "relu"})
-_ZERO_ACTIVATIONS = frozenset("relu relu6 leaky_relu leakyrelu gelu silu mish elu selu celu hardswish tanh".split())
+_ZERO_ACTIVATIONS = _ZERO_AT_ZERO | frozenset(
+    "relu6 leaky_relu leakyrelu gelu silu mish elu selu celu hardswish".split()
+)
 _GATE_STEPS = frozenset({"mul", "div"})
 
 
