@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .plan import Options, Plan
     from .report import Report
     from .rewrite.modules import alphas
+    from .tracing import trace
     from .validation import Validation, validate
 
 __version__ = "0.1.0"
@@ -47,6 +48,7 @@ __all__ = [
     "convert_source",
     "audit_source",
     "ReZeroPass",
+    "trace",
     "Report",
     "Plan",
     "Options",
@@ -69,6 +71,7 @@ _HOMES = {
     "audit_source": "api",
     "SourceResult": "api",
     "ReZeroPass": "graph_pass",
+    "trace": "tracing",
     "draw": "drawing",
     "page": "drawing",
     "validate": "validation",

@@ -184,6 +184,11 @@ class CustomOp(Block):
         return x + torch.ops.rezero_convert_tests.double(self.fc(x))  # type: ignore[no-any-return]
 
 
+class CustomOpAsMade(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + _double(self.fc(x))
+
+
 class CustomOpWithoutFake(Block):
     def forward(self, x: Tensor) -> Tensor:
         return x + torch.ops.rezero_convert_tests.opaque(self.fc(x))  # type: ignore[no-any-return]
@@ -216,6 +221,11 @@ torch.library.register_autograd(
 class CustomLayer(Block):
     def forward(self, x: Tensor) -> Tensor:
         return x + torch.ops.rezero_convert_tests.fused(x, self.fc.weight)  # type: ignore[no-any-return]
+
+
+class CustomLayerAsMade(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + _fused(x, self.fc.weight)
 
 
 class Tagged(Tensor):

@@ -13,6 +13,7 @@ import inspect
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -170,8 +171,8 @@ class _Unflattening:
         self.module = module
         self.text = text_of(module)
         self.made: dict[tuple[str, ...], Call] = {}
-        self.adds: dict[Call, int] = {}
-        self.first: dict[tuple[str, int], Span] = {}
+        self.adds: Counter[tuple[Call, Span | None]] = Counter()
+        self.first: dict[tuple[str, Span | None, int], Span] = {}
 
     def carry_out(self, same: dict[Span, Span]) -> Iterable[Call]:
         """Move every node and call of the generated code below a call of its own module; give the new calls."""
@@ -188,7 +189,7 @@ class _Unflattening:
             written = _written(source.stack_trace or "")
             node.meta["origin"] = dataclasses.replace(here, call=call, frames=frames, written=written)
             span = frames[0].span
-            same.setdefault(span, self._canonical(call, here, span))
+            same.setdefault(span, self._canonical(call, here, span, written))
         self._connect()
         return self.made.values()
 
@@ -235,12 +236,13 @@ class _Unflattening:
         except AttributeError:
             return None
 
-    def _canonical(self, call: Call, here: Origin, span: Span) -> Span:
-        """The span that stands for the same add of other executions of the class, by its number among the adds."""
+    def _canonical(self, call: Call, here: Origin, span: Span, line: Span | None) -> Span:
+        """The span that stands for the same add of other executions of the class: the same by number on its line, or
+        among all adds where no line is known."""
         if here.facts.type not in _ADDS or call.module is None:
             return span
-        number = self.adds[call] = self.adds.get(call, 0) + 1
-        return self.first.setdefault((call.cls, number), span)
+        self.adds[call, line] += 1
+        return self.first.setdefault((call.cls, line, self.adds[call, line]), span)
 
     def _connect(self) -> None:
         """Find the inputs and outputs of the new calls."""

@@ -288,7 +288,10 @@ def _run(
     _execute(recorder, model, inputs)
     hidden = _hidden_adds(model, inputs, paths, weak=weak) if recorder.unexplained else ()
     calls = tuple(recorder.calls)
-    return Trace(recorder.graph, recorder.root, calls, route, model, scalars=recorder.scalars, hidden=hidden)
+    return Trace(
+        recorder.graph, recorder.root, calls, route, model,
+        scalars=recorder.scalars, hidden=hidden, constants=recorder.constants,
+    )  # fmt: skip
 
 
 def _hidden_adds(model: nn.Module, inputs: Any, paths: dict[int, str], *, weak: bool) -> tuple[tuple[Frame, ...], ...]:
@@ -361,6 +364,7 @@ class _Recorder(TorchFunctionMode):
         """In a recorded call: what happens now is explained by its node."""
         self.unexplained = False
         """A tensor turned up that no recorded call made."""
+        self.constants: dict[str, Tensor] = {}
         self._paths = paths
         self._weak = weak
         self._observe = observe
@@ -497,6 +501,7 @@ class _Recorder(TorchFunctionMode):
         elif result is not None:
             self._bind_items(result, node, fresh, frames)
         if not any(True for _ in tensors_in(result)):
+            node.meta["same_as"] = [self._node(tensor, frames) for tensor in changed]
             for tensor in changed:
                 self._bind(tensor, node)
         for tensor in changed:
@@ -505,6 +510,7 @@ class _Recorder(TorchFunctionMode):
                 parts = (self._node(base, frames), self._node(tensor, frames))
                 merged = self.graph.create_node("call_function", operator.setitem, parts)
                 self._describe(merged, _SETITEM, frames, base)
+                merged.meta["same_as"] = parts[:1]
                 self._bind(base, merged)
 
     def _bind_items(self, result: Any, node: fx.Node, fresh: list[Tensor], frames: tuple[Frame, ...]) -> None:
@@ -556,6 +562,8 @@ class _Recorder(TorchFunctionMode):
                 path = f"_constant_{self._constants}"
                 self._constants += 1
                 self.unexplained = True
+                if not self._weak:
+                    self.constants[path] = tensor
             node = self.graph.create_node("get_attr", path)
             self._describe(node, attribute_facts(tensor), frames, tensor)
             self._bind(tensor, node)
@@ -635,9 +643,15 @@ def _learn(func: Any) -> _Known:
     return known
 
 
+_CALLS_OPERATORS = (torch._ops.__file__, torch._library.custom_ops.__file__)
+
+
 def _called_by_torch(frame: FrameType | None) -> bool:
-    """Whether torch itself called an operator: the fake tensor mode does for what a scripted function computes."""
-    while frame is not None and frame.f_code.co_filename == torch._ops.__file__:
+    """Whether torch itself called an operator: the fake tensor mode does for what a scripted function computes.
+
+    A call of what `torch.library.custom_op` has made is the model's own.
+    """
+    while frame is not None and frame.f_code.co_filename in _CALLS_OPERATORS:
         frame = frame.f_back
     return frame is not None and frame.f_code.co_filename.startswith(TORCH)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from ..plan import Place, Span
 from .facts import Facts
@@ -87,6 +87,9 @@ class Trace:
     the module's class."""
     classes: Mapping[str, type[nn.Module]] = field(default_factory=dict)
     """The classes of the modules that generated code came from, by name."""
+    constants: Mapping[str, Tensor] = field(default_factory=dict)
+    """Tensors that no recorded call made, by the names of their nodes: attributes that are no buffers, globals; a fake
+    one is the result of a computation that was not seen. Not kept of a run on real tensors."""
 
 
 def origin(node: fx.Node) -> Origin:

@@ -329,7 +329,10 @@ def _named(flow: Flow, drafts: list[Draft], others: list[arms.Arm], options: Opt
     requests += [asked for arm in others for gate in arm.found.gates if (asked := _of_arm(flow, arm, gate))]
     layers = METHODS[options.method].map == "carry"  # a gate is a module then, and no lists are made of those
     passes = {} if layers else unrolled.passes(flow, drafts, partial(_may_walk, flow, options))
-    by_text = {asked: _as_in_text(flow, passes.get(asked, (asked,))[0], options) for asked in requests}
+    lines = {asked: draft.site.written for draft in drafts for asked in draft.requests if asked is not None}
+    by_text = {
+        asked: _as_in_text(flow, passes.get(asked, (asked,))[0], lines.get(asked), options) for asked in requests
+    }
     chosen = names.alphas(
         by_text.values(),
         shared=options.share == "layer",
@@ -364,16 +367,25 @@ def _named(flow: Flow, drafts: list[Draft], others: list[arms.Arm], options: Opt
 def _holds_several(flow: Flow, drafts: list[Draft], options: Options, name: str) -> bool:
     """Whether the text of a class holds several branches, though a graph of its instances has one of each.
 
-    Instances may have run different arms: that shows in the kinds of their skips. Others may not have run at all.
+    Instances may have run different arms: where the tracer did not note the lines, that shows in the kinds of their
+    skips. Others may not have run at all.
     """
     text = _text_of(flow, name)
     if text is None:
         return False
     file, definition, qualname = text
-    kinds = {draft.site.skip_kind for draft in drafts if draft.site.cls == name and draft.site.gates}
+    own = [draft.site for draft in drafts if draft.site.cls == name and draft.site.gates]
+    lines = {site.span.line for site in _static(options, file, qualname) if site.span and _new(site)}
+    if all(site.written is not None for site in own):
+        return len(lines | {site.written.line for site in own if site.written is not None and _new(site)}) > 1
+    kinds = {site.skip_kind for site in own}
     if len(kinds) > 1 and sum(not code.adds_number(span) for span in adds(file, definition)) > 1:
         return True
-    return len({gate.at for site in _static(options, file, qualname) for gate in site.gates}) > 1
+    return len(lines) > 1
+
+
+def _new(site: Site) -> bool:
+    return any(not gate.existing for gate in site.gates)
 
 
 def _may_walk(flow: Flow, options: Options, name: str, child: str) -> bool:
@@ -396,10 +408,12 @@ def _text_of(flow: Flow, name: str) -> tuple[str, ast.ClassDef, str] | None:
     return None if file is None or definition is None else (file, definition, cls.__qualname__)
 
 
-def _as_in_text(flow: Flow, asked: names.Request, options: Options) -> names.Request:
-    """The request with the child that the text by itself names: a run has seen one arm of `a(x) if c else b(x)`."""
+def _as_in_text(flow: Flow, asked: names.Request, line: Span | None, options: Options) -> names.Request:
+    """The request as the text by itself makes it: a run has seen one arm of `a(x) if c else b(x)`, a graph none."""
     place = asked.at.place
-    if flow.trace.model is None or not place.cls or asked.at.span in flow.trace.generated:
+    if asked.at.span in flow.trace.generated:
+        return _on_line(flow, asked, line, options) if line is not None else asked
+    if flow.trace.model is None or not place.cls:
         return asked
     try:
         found = _static(options, place.file, place.cls)
@@ -407,6 +421,22 @@ def _as_in_text(flow: Flow, asked: names.Request, options: Options) -> names.Req
         return asked
     children = (gate.child for site in found for gate in site.gates if gate.at and gate.at.same_text(asked.at))
     return replace(asked, child=next(children, "") or asked.child)
+
+
+def _on_line(flow: Flow, asked: names.Request, line: Span, options: Options) -> names.Request:
+    """The request for the only branch that the text of the class adds on a line."""
+    text = _text_of(flow, asked.cls)
+    found = _static(options, text[0], text[2]) if text is not None else ()
+    here = {gate.at: gate.child for site in found if _same_line(site.span, line) for gate in site.gates if gate.at}
+    if len(here) != 1:
+        return asked
+    ((at, child),) = here.items()
+    bases = [base.__qualname__ for base in flow.trace.classes[asked.cls].__mro__]
+    return names.Request(asked.cls, bases.index(at.place.cls) if at.place.cls in bases else 0, at, child)
+
+
+def _same_line(span: Span | None, line: Span) -> bool:
+    return span is not None and (span.file, span.line) == (line.file, line.line)
 
 
 def _of_arm(flow: Flow, arm: arms.Arm, gate: Gate) -> names.Request | None:
@@ -429,6 +459,9 @@ def _taken(flow: Flow, drafts: list[Draft]) -> Callable[[str, str], bool]:
             if module is not None:
                 before = draft.site.verdict != "converted" and name in module.__dict__.get("rezero_gates", ())
                 if hasattr(module, name) and not before:
+                    return True
+                text = _text_of(flow, cls) if type(module) is not flow.trace.classes.get(cls) else None
+                if text is not None and name in code.assigned(text[0], text[2]):
                     return True
             elif draft.site.place is not None and name in code.assigned(draft.site.place.file, draft.site.place.cls):
                 return True

@@ -32,6 +32,7 @@ DOORS: dict[str, Door] = {
     "symbolic_trace": lambda model, x: fx.symbolic_trace(model),
     "torch.export": lambda model, x: torch.export.export(model, (x,)).module(),
     "make_fx": lambda model, x: make_fx(model)(x),
+    "rz.trace": lambda model, x: rz.trace(model, x),
 }
 
 NAMES = (
