@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.passes.graph_drawer import FxGraphDrawer
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from torch.fx.passes.infra.pass_manager import PassManager
 from torch.fx.passes.shape_prop import ShapeProp
@@ -562,6 +563,16 @@ def test_it_composes_with_other_passes() -> None:
     expected = rz.convert(traced, x, alpha_init=0.5, verify=False).eval()(x)
     torch.testing.assert_close(result.graph_module(x), expected)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in result.graph_module.modules())
+
+
+@pytest.mark.parametrize("door", ["symbolic_trace", "export"])
+def test_torchs_drawer_draws_the_gates(door: str) -> None:
+    _, traced, x = made("transformer", door)
+    converted = rz.convert(traced, x)
+    assert isinstance(converted, fx.GraphModule)
+    drawn = FxGraphDrawer(converted, "converted").get_dot_graph().to_string()
+    assert [name for name in names(converted) if name.replace(".", "_") in drawn or name in drawn] == names(converted)
+    assert len(names(converted)) == 4
 
 
 def test_modified_and_inplace() -> None:
