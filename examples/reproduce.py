@@ -171,8 +171,8 @@ def deep(asked: argparse.Namespace) -> None:
     print(f"gates with a gradient: {found['live']:,} of {found['layers']:,}.")
     if losses:
         print(
-            f"{len(losses)} steps of Adagrad {found['lr']:g}: training loss {losses[0]:.3f} at first, "
-            f"{max(losses):.3f} at most, {losses[-1]:.3f} at last."
+            f"{len(losses)} steps of Adagrad {found['lr']:g}, gates {found['alpha_lr']:g}: training loss "
+            f"{losses[0]:.3f} at first, {max(losses):.3f} at most, {losses[-1]:.3f} at last."
         )
     print()
 
@@ -193,8 +193,8 @@ def _deep(layers: int, width: int, minutes: float) -> dict[str, Any]:
     gates = [gate for _, gate in rz.alphas(model)]
     live = sum(bool(grad.abs().sum() > 0) for grad in torch.autograd.grad(loss, gates))
     del outer, loss
-    lr, losses, begin = 0.003, [], time.monotonic()
-    optimizer = torch.optim.Adagrad(model.parameters(), lr=lr)
+    lr, alpha_lr, losses, begin = 0.003, 1 / layers, [], time.monotonic()  # its first step is of the rate's size
+    optimizer = torch.optim.Adagrad(rz.param_groups(model, lr=lr, alpha_lr=alpha_lr))
     for x, y in batches:
         if len(losses) == 300 or time.monotonic() - begin > 60 * minutes:
             break
@@ -204,8 +204,8 @@ def _deep(layers: int, width: int, minutes: float) -> dict[str, Any]:
         optimizer.step()
         losses.append(round(loss.item(), 5))
         print(f"10,000 layers, step {len(losses)}: {losses[-1]}", file=sys.stderr)
-    record = {"layers": layers, "width": width, "lr": lr, "identity": identity, "live": live, "losses": losses}
-    return record | {"gradient": torch.equal(by_inner, by_outer)}
+    record = {"layers": layers, "width": width, "lr": lr, "alpha_lr": alpha_lr, "identity": identity, "live": live}
+    return record | {"gradient": torch.equal(by_inner, by_outer), "losses": losses}
 
 
 # Transformers

@@ -42,6 +42,14 @@ def where_of(span: Span | None) -> str:
     return f"{short(span.file)}{str(span).removeprefix(span.file)}"
 
 
+def shortened(text: str) -> str:
+    """A sentence with the files of its places, `/home/me/net.py:3:4`, as short as in `where_of`."""
+    return _FILE.sub(lambda found: short(found[0]), text)
+
+
+_FILE = re.compile(r"(?<![\w.])/[^\s:]+\.py(?=:\d)")
+
+
 def short(file: str, limit: int = 60) -> str:
     """A file's name as short as it stays clear; of a very long one the end."""
     file = file.partition(" ")[0] if file.startswith("<eval_with_key>") else _relative(file)

@@ -14,7 +14,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from .listing import DIGITS, compact, number, visible, where_of
+from .listing import DIGITS, compact, number, shortened, visible, where_of
 from .methods import METHODS
 from .pages import brief, document
 from .plan import Norm, Plan, Repair, Site, Verdict, as_dict
@@ -151,8 +151,9 @@ def _table(heading: str, groups: Iterable[Sites], name: int) -> Table:
         site = group.first
         where = _text(where_of(site.shown), style="bold")
         where.append(f"\n{site.text.strip()}", style="not bold")
-        paths = _text(compact(group.paths))
-        paths.append(f"\n{', '.join(part for part in (site.cls, site.form) if part)}", style="italic")
+        paths = _text(_paths(group))
+        kind = ", ".join(part for part in (site.cls, site.form) if part)
+        paths.append(f"\n{kind}" if paths else kind, style="italic")
         table.add_row(
             where,
             _text(f"{site.code}\n{site.verdict}", style=_STYLES.get(site.verdict, "")),
@@ -167,7 +168,7 @@ def _listed(group: Sites, width: int) -> Group:
     """A group as lines: the place, then what there is to say of it, indented."""
     site = group.first
     times = f" (x {len(group.paths)})" if len(group.paths) > 1 else ""
-    who = ", ".join(part for part in (compact(group.paths) + times, site.cls, *group.alphas) if part)
+    who = ", ".join(part for part in (_paths(group) + times, site.cls, *group.alphas) if part)
     verdict = _text(f"{site.code} {site.verdict}", style=_STYLES.get(site.verdict, ""))
     verdict.append(f"  {site.form}" if site.form else "", style="italic")
     room = width - 4
@@ -176,6 +177,11 @@ def _listed(group: Sites, width: int) -> Group:
     rows = [verdict, *(_text(_parted(line, room)) for line in (who, code, *_remarks(group)) if line)]
     place = _text(_parted(where_of(site.shown), width), style="bold")
     return Group(place, *(Padding(row, (0, 0, 0, 4), expand=False) for row in rows))
+
+
+def _paths(group: Sites) -> str:
+    """The modules' paths; nothing for what has none but a class, as in a file that is only read."""
+    return compact(group.paths) if any(group.paths) or not group.first.cls else ""
 
 
 def _parted(text: str, width: int) -> str:
@@ -299,7 +305,7 @@ def _block(group: Sites) -> list[str]:
     site = group.first
     times = f" (x {len(group.paths)})" if len(group.paths) > 1 else ""
     kind = " ".join(part for part in (where_of(site.shown), site.code, site.verdict, site.form) if part)
-    who = ", ".join(part for part in (compact(group.paths) + times, site.cls, *group.alphas) if part)
+    who = ", ".join(part for part in (_paths(group) + times, site.cls, *group.alphas) if part)
     head = f"{kind}: {who}"
     code = textwrap.shorten(site.text.strip(), WIDTH - 4, placeholder=" ...") if site.text.strip() else ""
     lines = _wrapped([head], indent="    ")
@@ -308,7 +314,10 @@ def _block(group: Sites) -> list[str]:
 
 
 def _remarks(group: Sites) -> list[str]:
-    site = group.first
+    return [shortened(remark) for remark in _said(group.first)]
+
+
+def _said(site: Site) -> list[str]:
     found = [site.reason] if site.reason else []
     for gate in site.gates:
         if gate.existing:

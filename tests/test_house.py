@@ -44,6 +44,7 @@ PUBLIC = {
     "param_groups",
     "race",
     "tensorboard",
+    "trace",
     "unconvert",
     "validate",
 }

@@ -13,7 +13,7 @@ from rich.console import Console
 
 import rezero_convert as rz
 from rezero_convert.codes import CODES
-from rezero_convert.listing import compact, short
+from rezero_convert.listing import compact, short, shortened
 from rezero_convert.options import options
 from rezero_convert.plan import NORM_KINDS, Gate, Norm, Options, Place, Plan, Repair, Site, Span
 from rezero_convert.report import Report, grouped
@@ -180,6 +180,14 @@ def test_compact_stops_somewhere() -> None:
     assert compact(names, limit=3) == "aa, bb, cc, and 13 more"
 
 
+def test_places_in_sentences_are_as_short_as_in_the_first_column(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = f"spans the block at {tmp_path}/models/net.py:3:4, as {tmp_path}/other.py does and ./net.py:5"
+    assert shortened(text) == f"spans the block at models/net.py:3:4, as {tmp_path}/other.py does and ./net.py:5"
+
+
 # Text
 
 
@@ -189,7 +197,7 @@ def test_text_tells_everything_and_fits(plan: Plan) -> None:
     assert "net.py:12:9 RZ101 converted pre-norm: blocks.{0..11} (x 12), Block, alpha_attn" in text
     assert "    x = x + self.attn(self.ln_1(x))" in text
     assert "dropped ln_1 (LayerNorm, pre)" in text
-    assert "net.py:40:5 RZ907 refused: (the model), Block" in text
+    assert "net.py:40:5 RZ907 refused: Block" in text
     assert "note: a note of the plan" in text
     assert "note: noted" in text
     assert "total: 13 converted, 1 refused; 13 gates, 13 norms dropped; 3 integer or scalar adds" in text
