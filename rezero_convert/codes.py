@@ -34,6 +34,7 @@ CODES: dict[str, str] = {
     "RZ917": "shares its text with an instance that cannot be gated",
     "RZ918": "half of a reversible pair of adds",
     "RZ919": "a block that the method's form cannot be written for",
+    "RZ920": "an operand comes from a computation that is not seen: whether it depends on the skip cannot be told",
 }
 
 BLOCKS_LEFT = frozenset({"RZ900", "RZ909", "RZ911", "RZ912", "RZ913", "RZ918", "RZ919"})

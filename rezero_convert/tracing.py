@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import map_aggregate
 
 from .capture.guard import substitute, untouched
@@ -164,16 +163,20 @@ def _attributes(graph: fx.Graph, model: nn.Module, recorded: Trace) -> dict[str,
                 raise ConversionError(f"{path[1:-1]} is no submodule of {type(model).__name__}: not in a graph")
             found[path] = model.get_submodule(path)
         elif node.op == "get_attr":
-            found[path] = tensors[path] if path in tensors else _constant(path, recorded)
+            if path not in tensors:
+                tensors[path] = _held(path, model, recorded)
+            found[path] = tensors[path]
     return found
 
 
-def _constant(path: str, recorded: Trace) -> Tensor:
-    tensor = recorded.constants.get(path)
-    if tensor is not None and not isinstance(tensor, FakeTensor) and not tensor.is_meta:
-        return tensor
+def _held(path: str, model: nn.Module, recorded: Trace) -> Tensor:
+    """A tensor that is no parameter and no buffer: an attribute, or one that the run came by."""
+    holder, _, name = path.rpartition(".")
+    tensor = recorded.constants.get(path, model.get_submodule(holder).__dict__.get(name))
     node = next(node for node in recorded.graph.find_nodes(op="get_attr", target=path))
-    raise _refused(node.next, "reads a tensor that no torch call made")
+    if not isinstance(tensor, Tensor) or origin(node).facts.kind == "unseen":
+        raise _refused(node.next, "reads a tensor that no torch call made")
+    return tensor
 
 
 def _keep_persistence(module: nn.Module, model: nn.Module) -> None:

@@ -89,7 +89,7 @@ def test_one_error_and_no_change(make: Any, said: str) -> None:
 
 @pytest.mark.parametrize(
     ("make", "code"),
-    [(fm.BranchInThread, "RZ907"), (fm.quantized, "RZ902")],
+    [(fm.BranchInThread, "RZ920"), (fm.quantized, "RZ902")],
 )
 def test_a_branch_that_cannot_be_seen_is_refused_with_its_reason(make: Any, code: str) -> None:
     model, x = stacked(make), inputs()

@@ -23,6 +23,7 @@ Kind = Literal[
     "layout",  # moves values, computes nothing: flatten, fold, shuffle, identity
     "upsample",
     "parameter",  # a get_attr node
+    "unseen",  # a get_attr node: a tensor of this run that no recorded operation made
     "input",
     "other",
 ]

@@ -12,8 +12,10 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, cast
+from unittest import mock
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
@@ -38,6 +40,7 @@ def untouched(model: nn.Module, *, training: bool = False, gradients: bool = Fal
         warnings.simplefilter("ignore")  # of a run that the user did not start, in modes of ours
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.set_grad_enabled(gradients))
+        stack.enter_context(mock.patch.object(torch.utils.checkpoint, "CheckpointFunction", _Unchecked))
         if "torch._dynamo" in sys.modules:  # compiled functions inside the model run as written
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
@@ -63,7 +66,7 @@ def substitute(model: nn.Module, parameter: Replace, buffer: Replace, other: Rep
     tuple among a module's attributes holds them (`nn.LSTM`). `other` is for tensors that are plain attributes.
 
     Returns:
-        The path of each replacement by its `id`.
+        The path of each replacement by its `id`; not of those in lists, tuples and dicts.
     """
     new: dict[int, Tensor] = {}  # replacements count as their own
     paths: dict[int, str] = {}
@@ -81,10 +84,13 @@ def substitute(model: nn.Module, parameter: Replace, buffer: Replace, other: Rep
             new[id(value)] = new[id(made)] = made
         return new[id(value)]
 
-    for module in model.modules():
+    for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue
         _swap_attributes(module.__dict__, swap)
+        held = {name: value for name, value in module.__dict__.items() if isinstance(value, Tensor)}
+        for name, value in held.items():
+            paths.setdefault(id(value), f"{path}.{name}" if path else name)
     return paths
 
 
@@ -135,6 +141,14 @@ def uncollected() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+class _Unchecked:
+    """What re-entrant checkpointing calls, without it: `torch.autograd.grad` would be refused."""
+
+    @staticmethod
+    def apply(run: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        return run(*args)
 
 
 class _Saved:

@@ -90,8 +90,9 @@ def replay(
     observe: Observe,
     *,
     training: bool = False,
+    gradients: bool = True,
 ) -> list[Tensor]:
-    """Run `model` again, on real tensors and with gradients, and show every tensor to `observe` as it is made.
+    """Run `model` again, on real tensors, and show every tensor to `observe` as it is made.
 
     The model is left as it was, its parameters are the real ones. A tensor that is overwritten is shown again, with
     the node that overwrites it. Positions and nodes are those of `trace`, which must be of a recorded route.
@@ -111,12 +112,13 @@ def replay(
         if position is not None:
             observe(position, nodes[position], tensor)
 
-    with untouched(model, training=training, gradients=True):
+    with untouched(model, training=training, gradients=gradients):
         paths = substitute(model, parameter=lambda tensor: tensor, buffer=Tensor.clone, other=Tensor.clone)
         recorder = _Recorder(model, paths, weak=True, observe=checked)
         return list(tensors_in(_execute(recorder, model, fresh_inputs((args, kwargs)))))
 
 
+_CONSTANT = "_constant_"
 _PASSING = frozenset({"contiguous", "to", "type_as", "float", "half", "bfloat16", "double"})
 """Operations that return their operand itself when there is nothing to do, and then leave no node."""
 
@@ -125,7 +127,7 @@ def _aligned(nodes: list[fx.Node]) -> Callable[[fx.Node], int | None]:
     """For each node of a graph in the making, in order, its position among `nodes`; None for one without a partner.
 
     Only operations that may have had nothing to do (a tensor is contiguous on one kind of tensor and not on another)
-    may be without.
+    may be without, and tensors that no operation is seen to make.
     """
     positions: dict[fx.Node, int | None] = {}
     state = {"next": 0}
@@ -135,6 +137,8 @@ def _aligned(nodes: list[fx.Node]) -> Callable[[fx.Node], int | None]:
         return (expected.op, str(expected.target)) == (node.op, str(node.target))
 
     def passes(node: fx.Node) -> bool:
+        if node.op == "get_attr":
+            return str(node.target).startswith(_CONSTANT)
         return node.op in ("call_method", "call_function") and facts.operation(node.target) in _PASSING
 
     def place(node: fx.Node) -> int | None:
@@ -331,6 +335,8 @@ class _Known:
 
 class _Watcher(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves its base untyped
     """Notes the adds of two tensors that reach the dispatcher while the recorder is in no call."""
+
+    supports_higher_order_operators = True
 
     def __init__(self, recorder: _Recorder) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -534,11 +540,14 @@ class _Recorder(TorchFunctionMode):
 
     def _describe(self, node: fx.Node, known: Facts, frames: tuple[Frame, ...], tensor: Tensor | None) -> None:
         self._positions[node] = len(self._positions)
-        shape, dtype = (None, None) if tensor is None else (tuple(tensor.shape), tensor.dtype)
+        shape, dtype = (None, None) if tensor is None else (tuple(_bare(tensor).shape), tensor.dtype)
         node.meta["origin"] = Origin(self._call, frames, known, shape, dtype)
 
     def _bind(self, tensor: Tensor, node: fx.Node) -> None:
         self._bound[id(tensor)] = (TensorWeakRef(tensor) if self._weak else tensor, node)
+        if _is_wrapped(tensor):
+            self._bind(_bare(tensor), node)
+            return
         if self._observe is not None:
             self._silent = True  # what the observer computes is not the model's
             try:
@@ -549,7 +558,7 @@ class _Recorder(TorchFunctionMode):
     def _lookup(self, tensor: Tensor) -> fx.Node | None:
         bound = self._bound.get(id(tensor))
         if bound is None:
-            return None
+            return self._lookup(_bare(tensor)) if _is_wrapped(tensor) else None
         held = bound[0]() if self._weak else bound[0]
         return bound[1] if held is tensor else None  # an id may be used again
 
@@ -559,13 +568,15 @@ class _Recorder(TorchFunctionMode):
         if node is None:
             path = self._paths.get(id(tensor))
             if path is None:
-                path = f"_constant_{self._constants}"
+                path = f"{_CONSTANT}{self._constants}"
                 self._constants += 1
                 self.unexplained = True
                 if not self._weak:
                     self.constants[path] = tensor
+            unseen = path.startswith(_CONSTANT) and (self._weak or isinstance(tensor, FakeTensor))
+            known = Facts("unseen", "Tensor") if unseen else attribute_facts(tensor)
             node = self.graph.create_node("get_attr", path)
-            self._describe(node, attribute_facts(tensor), frames, tensor)
+            self._describe(node, known, frames, tensor)
             self._bind(tensor, node)
         return node
 
@@ -600,6 +611,16 @@ class _Recorder(TorchFunctionMode):
             plain = facts.of_class(cls)
             self._classes[cls] = (is_leaf(module), plain, dataclasses.replace(plain, inplace=True))
         return self._classes[cls]
+
+
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # by vmap, grad, jvp of torch.func
+
+
+def _bare(tensor: Tensor) -> Tensor:
+    """The tensor inside the wrappers of torch.func: as long as it is not computed with, the one that went in."""
+    while _is_wrapped(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 _BASE_TYPES = (str, int, float, bool, complex, torch.dtype, torch.device, torch.layout, torch.memory_format,

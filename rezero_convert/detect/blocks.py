@@ -159,9 +159,17 @@ def _refusal(flow: Flow, whole: Sum, refusals: list[Refusal]) -> Refusal:
     added = next((term for term in whole.terms if flow.constant[term.value]), None)
     if added is not None:
         return Refusal(whole, "RZ907", f"adds {describe(flow, added.value)}, which does not depend on the input")
+    unseen = next((term for term in whole.terms if _from_unseen(flow, term.value)), None)
+    if unseen is not None:
+        what = describe(flow, unseen.value)
+        return Refusal(whole, "RZ920", f"{what} comes from a computation that is no torch call, perhaps of the skip")
     if refusals:
         return max(refusals, key=lambda refusal: refusal.interest)
     return Refusal(whole, "RZ901", f"the operands are independent: {_beside_each_other(flow, whole)}")
+
+
+def _from_unseen(flow: Flow, value: int) -> bool:
+    return any(flow.facts[node].kind == "unseen" and flow.reads(value, node) for node in range(value + 1))
 
 
 def _beside_each_other(flow: Flow, whole: Sum) -> str:

@@ -168,7 +168,7 @@ def flow(trace: Trace, norm_types: tuple[type[nn.Module], ...] = ()) -> Flow:
     for i, node in enumerate(nodes):
         detached = node.op in ("call_function", "call_method") and operation(node.target) in _DETACHED
         read = () if detached else inputs[i] if i in steps else map(index.__getitem__, node.all_input_nodes)
-        constant.append(origin(node).facts.kind != "input" and all(constant[source] for source in read))
+        constant.append(origin(node).facts.kind not in ("input", "unseen") and all(constant[source] for source in read))
         hidden = i in inner or (i not in steps and _is_within(origin(node).call, whole))
         for source in () if hidden or node in written_back else inputs[i]:
             users[source].append(i)

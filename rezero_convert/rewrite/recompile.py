@@ -78,13 +78,48 @@ def closed_over(value: Any) -> Iterator[nn.Module]:
 
 
 def moved(value: FunctionType, twins: Mapping[int, nn.Module]) -> FunctionType:
-    """A function with other modules in its closure, by the ids of the old ones; itself if it has none of them."""
+    """A function with other modules in its closure, by the ids of the old ones; itself if it has none of them.
+
+    Also those that other functions and bound methods in the closure hold.
+    """
+    return _moved(value, twins, {}) if _holds(value, twins, set()) else value
+
+
+def _held(value: Any) -> Iterator[Any]:
+    """What a function's closure, a bound method or a partial holds."""
+    if isinstance(value, FunctionType):
+        yield from (cell.cell_contents for cell in value.__closure__ or () if _filled(cell))
+    elif isinstance(value, MethodType):
+        yield value.__self__
+    elif isinstance(value, functools.partial):
+        yield from (value.func, *value.args, *value.keywords.values())
+
+
+def _holds(value: Any, twins: Mapping[int, nn.Module], seen: set[int]) -> bool:
+    if id(value) in seen:
+        return False
+    seen.add(id(value))
+    return id(value) in twins or any(_holds(part, twins, seen) for part in _held(value))
+
+
+def _moved(value: Any, twins: Mapping[int, nn.Module], memo: dict[int, Any]) -> Any:
+    if id(value) in twins:
+        return twins[id(value)]
+    if id(value) in memo or not _holds(value, twins, set()):
+        return memo.get(id(value), value)
+    if isinstance(value, MethodType):
+        return MethodType(value.__func__, twins[id(value.__self__)])
+    if isinstance(value, functools.partial):
+        args = [_moved(part, twins, memo) for part in value.args]
+        keywords = {name: _moved(part, twins, memo) for name, part in value.keywords.items()}
+        return functools.partial(_moved(value.func, twins, memo), *args, **keywords)
     before = value.__closure__ or ()
-    inside = [twins.get(id(cell.cell_contents)) if _filled(cell) else None for cell in before]
-    if not any(twin is not None for twin in inside):
-        return value
-    cells = [cell if twin is None else CellType(twin) for cell, twin in zip(before, inside, strict=True)]
+    cells = [CellType() if _filled(cell) and _holds(cell.cell_contents, twins, set()) else cell for cell in before]
     made = FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, tuple(cells))
+    memo[id(value)] = made
+    for old, new in zip(before, cells, strict=True):
+        if new is not old:
+            new.cell_contents = _moved(old.cell_contents, twins, memo)
     return _described(made, value)
 
 

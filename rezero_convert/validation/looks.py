@@ -245,7 +245,7 @@ def _parameters_at(flow: Flow, node: int) -> Iterator[str]:
     """The matrices that a node multiplies by."""
     target = flow.nodes[node]
     if target.op == "call_module" and flow.trace.model is not None:
-        module = flow.trace.model.get_submodule(str(target.target))
+        module = module_at(flow.trace.model, str(target.target)) or nn.Module()  # one that is no submodule has no name
         yield from (f"{target.target}.{name}" for name, value in module.named_parameters() if value.dim() > 1)
     else:
         for source in flow.inputs[node]:
@@ -347,13 +347,15 @@ def _gates_skip(flow: Flow, block: detected.Block, known: dict[int, str]) -> boo
 
 def plain_gates(flow: Flow) -> Iterator[str]:
     """Blocks whose branch is scaled by a tensor of one number that is neither a parameter nor a buffer."""
+    model = flow.trace.model or nn.Module()
+    known = {name for own in (model.named_parameters, model.named_buffers) for name, _ in own(remove_duplicate=False)}
     for block in detected.find(flow, partial(is_gated, flow))[0]:
         for branch in block.branches:
             product = branch.term.value
             factors = flow.inputs[product] if flow.name(product) == "mul" else ()
             for factor in factors:
                 path, shape = flow.parameter(factor), flow.shape(factor)
-                if path is not None and path.startswith("_constant_") and torch.Size(shape or ()).numel() == 1:
+                if path is not None and path not in known and torch.Size(shape or ()).numel() == 1:
                     owner = detected.owner_call(flow, block.sum.node).path
                     yield f"the tensor that scales the branch of {owner or 'the model'}"
 

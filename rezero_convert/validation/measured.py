@@ -45,6 +45,8 @@ class _Observed:
     """Where the gradients of a value start."""
     ends: dict[int, GradientEdge] = field(default_factory=dict)
     """Where those of a skip arrive."""
+    forward_only: str = ""
+    """Why the run was without gradients."""
     paused: set[int] = field(default_factory=set)
     """Sums made with gradients turned off."""
     likes: dict[int, tuple[torch.Size, torch.dtype, torch.device]] = field(default_factory=dict)
@@ -112,9 +114,8 @@ def _measure(subject: Subject, look: Look, notes: list[str]) -> Look:
         notes.append(f"the gradient through the block was not checked, the skip has none: {compact(blind)}")
     paused = [block.path for block in look.found if block.sum in seen.paused]
     if paused:
-        notes.append(
-            f"no gradients were checked where the model turns them off (re-entrant checkpoint): {compact(paused)}"
-        )
+        why = seen.forward_only or f"the model turns them off around {compact(paused)}"
+        notes.append(f"no gradients were checked: {why}")
     look.outputs = seen.outputs
     del seen  # the run's activations
     if look.mode == "train":
@@ -260,7 +261,13 @@ def _run(subject: Subject, look: Look, seed: int = SEED, forms: frozenset[int] =
         return _watch(subject, look, forms, mark=True)
     except RuntimeError:  # an input that is overwritten in place must not require a gradient
         torch.manual_seed(seed)
-        return _watch(subject, look, forms, mark=False)
+        try:
+            return _watch(subject, look, forms, mark=False)
+        except NotImplementedError as error:  # FlexAttention has no backward on a CPU, and does not begin
+            torch.manual_seed(seed)
+            seen = _watch(subject, look, forms, mark=False, gradients=False)
+            seen.forward_only = one_line(error)
+            return seen
 
 
 def _spoken_of(look: Look, forms: frozenset[int]) -> frozenset[int]:
@@ -289,7 +296,7 @@ def _arrival(value: Tensor, *, mark: bool, cut: bool) -> GradientEdge | None:
     return get_gradient_edge(value) if value.requires_grad else None
 
 
-def _watch(subject: Subject, look: Look, forms: frozenset[int], *, mark: bool) -> _Observed:
+def _watch(subject: Subject, look: Look, forms: frozenset[int], *, mark: bool, gradients: bool = True) -> _Observed:
     seen = _Observed()
     last: dict[int, int] = {}
     sums: dict[int, list[Block]] = {}
@@ -326,7 +333,9 @@ def _watch(subject: Subject, look: Look, forms: frozenset[int], *, mark: bool) -
             seen.nonzero[index] = bool(plain.any())
 
     training = look.mode == "train"
-    outputs = replay(subject.model, subject.args, subject.kwargs, look.flow.trace, observe, training=training)
+    outputs = replay(
+        subject.model, subject.args, subject.kwargs, look.flow.trace, observe, training=training, gradients=gradients
+    )
     seen.outputs = [output.detach() for output in outputs]
     return seen
 
