@@ -1518,6 +1518,48 @@ def test_a_sum_by_the_builtin_is_refused_at_its_place() -> None:
     assert segment(site).startswith("sum([")
 
 
+class StackedSum(Linears):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([x, self.a(x)], dim=1).sum(1)
+
+
+class Reversed(Linears):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.rsub(self.a(x), x)
+
+
+class ProductOfTheBranch(Linears):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(x[0], torch.relu(self.a(x[0])), self.b.weight)
+
+
+class ProductOfTheSkip(Linears):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(x[0], x[0], self.b.weight)
+
+
+@pytest.mark.parametrize("make", [StackedSum, Reversed, ProductOfTheBranch, ProductOfTheSkip])
+def test_a_sum_that_is_no_add_in_the_text_is_answered_too(make: type[nn.Module]) -> None:
+    site = only(plan(make(), vectors()))
+    assert (site.verdict, site.code) == ("refused", "RZ912")
+    assert site.reason == "the sum is not written as an add of its operands"
+
+
+class StackedOverAnotherDimension(Linears):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([x, self.a(x)], dim=1).sum(0)
+
+
+class ProductWithABias(Linears):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.a.bias, x[0], self.b.weight)
+
+
+@pytest.mark.parametrize("make", [StackedOverAnotherDimension, ProductWithABias])
+def test_what_adds_no_two_of_the_models_values_is_no_add(make: type[nn.Module]) -> None:
+    assert plan(make(), vectors()).sites == ()
+
+
 def test_a_helper_that_computes_with_its_argument_is_refused_by_name() -> None:
     site = only(plan(HelpedMixed(), vectors()), "x + y")
     assert (site.verdict, site.code) == ("refused", "RZ912")

@@ -16,7 +16,7 @@ from . import code
 from .flow import Flow
 from .patterns import POINTWISE
 from .shapes import keeps_shape
-from .sums import Sum, Term, halves, operands, sums
+from .sums import UNWRITTEN, Sum, Term, halves, operands, sums
 
 SkipKind = Literal["identity", "projection", "slice"]
 
@@ -124,6 +124,8 @@ def _classify_whole(flow: Flow, whole: Sum) -> Iterator[Block | Refusal]:
 def classify(flow: Flow, whole: Sum) -> Block | Refusal:
     """Whether the terms of a sum are a skip and residual branches from it."""
     values = [term.value for term in whole.terms]
+    if flow.name(whole.node) in UNWRITTEN:
+        return Refusal(whole, "RZ912", "the sum is not written as an add of its operands")
     if len(set(values)) < len(values):
         return Refusal(whole, "RZ910", "adds a tensor to itself")
     results = [result for term in _by_age(whole.terms) for result in _with_skip(flow, whole, term)]

@@ -11,8 +11,12 @@ from torch import fx
 from ..capture.facts import operation
 from .flow import Flow
 
-_ADDS = frozenset({"add", "sub"})
+_ADDS = frozenset({"add", "sub", "rsub"})
 _FUSED = {
+    "addmm": (("input", 0), ("mat1", 1), ("mat2", 2)),
+    "addmv": (("input", 0), ("mat", 1), ("vec", 2)),
+    "addbmm": (("input", 0), ("batch1", 1), ("batch2", 2)),
+    "baddbmm": (("input", 0), ("batch1", 1), ("batch2", 2)),
     "addcmul": (("input", 0), ("tensor1", 1), ("tensor2", 2)),
     "lerp": (("input", 0), ("end", 1), ("weight", 2)),
     "scatter_add": (("input", 0), ("src", 3)),
@@ -20,8 +24,12 @@ _FUSED = {
     "index_put": (("input", 0), ("values", 2)),
 }
 """Operations that do more than add: the names and positions of the arguments in question, the skip's first."""
+_PRODUCTS = frozenset({"addmm", "addmv", "addbmm", "baddbmm"})
+"""Those that add a product of matrices: mostly of a layer to its bias."""
 _PARTS = frozenset({"scatter_add", "index_add", "index_put"})
 """Those that add to parts of a tensor."""
+UNWRITTEN = _PRODUCTS | {"sum", "rsub"}
+"""Operations that add what is written as no add."""
 _PASSES_ON = frozenset({"mul", "view", "reshape", "_unsafe_view", "squeeze", "unsqueeze"})
 
 
@@ -67,10 +75,12 @@ def halves(flow: Flow, whole: Sum) -> Iterator[Sum]:
 
 
 def operands(flow: Flow, node: int) -> tuple[Term, ...]:
-    """The two tensor operands of an add of floating-point tensors; empty for anything else."""
+    """The tensor operands of an add of floating-point tensors, mostly two; empty for anything else."""
     target = flow.nodes[node]
     if target.op not in ("call_function", "call_method") or node in flow.steps or node in flow.inner:
         return ()
+    if flow.name(node) == "sum":
+        return _stacked(flow, node)
     if flow.name(node) in _FUSED:
         return _fused(flow, node)
     if flow.name(node) not in _ADDS:
@@ -78,11 +88,29 @@ def operands(flow: Flow, node: int) -> tuple[Term, ...]:
     places: list[tuple[int | str, object]] = [*enumerate(target.args[:2])]
     places += [(key, target.kwargs[key]) for key in ("input", "other") if key in target.kwargs]
     terms = tuple(
-        Term(flow.index[value], node, place, flow.name(node) == "sub" and place in (1, "other"))
+        Term(flow.index[value], node, place, place in _NEGATIVE.get(flow.name(node), ()))
         for place, value in places
         if isinstance(value, fx.Node) and flow.index[value] in flow.inputs[node]
     )
     return terms if len(terms) == 2 and not _is_bias(flow, terms) else ()
+
+
+_NEGATIVE: dict[str, tuple[int | str, ...]] = {"sub": (1, "other"), "rsub": (0, "input")}
+
+
+def _stacked(flow: Flow, node: int) -> tuple[Term, ...]:
+    """The operands of `torch.stack([x, f(x)]).sum(0)`, none of which can take a gate where it stands."""
+    target = flow.nodes[node]
+    stack = target.args[0] if target.args else target.kwargs.get("input")
+    if not isinstance(stack, fx.Node) or operation(stack.target) != "stack" or not stack.args:
+        return ()
+    over = target.args[1] if len(target.args) > 1 else target.kwargs.get("dim")
+    dim = stack.args[1] if len(stack.args) > 1 else stack.kwargs.get("dim", 0)
+    parts = stack.args[0] if isinstance(stack.args[0], (tuple, list)) else ()
+    values = [flow.index[part] for part in parts if isinstance(part, fx.Node)]
+    if over not in (dim, (dim,), [dim]) or len({value for value in values if not flow.constant[value]}) < 2:
+        return ()
+    return tuple(Term(value, node, "") for value in values)
 
 
 def _is_bias(flow: Flow, terms: tuple[Term, ...]) -> bool:
@@ -101,8 +129,9 @@ def _is_bias(flow: Flow, terms: tuple[Term, ...]) -> bool:
 def _fused(flow: Flow, node: int) -> tuple[Term, ...]:
     """The skip of an operation that does more than add, and the operand that a gate on its branch goes on.
 
-    `addcmul(x, f, g)` is x + f * g: a factor. `lerp(x, f, w)` is x + w * (f - x): the weight. `index_add(x, d, i, f)`
-    adds to a part of x: f; into a value that starts empty it collects parts, and is no sum.
+    `addcmul(x, f, g)` is x + f * g, `addmm(x, f, g)` x + f @ g: a factor. `lerp(x, f, w)` is x + w * (f - x): the
+    weight. `index_add(x, d, i, f)` adds to a part of x: f; into a value that starts empty it collects parts, and is no
+    sum.
     """
     name, target = flow.name(node), flow.nodes[node]
     given: list[tuple[int | str, int | None]] = []
@@ -121,7 +150,9 @@ def _fused(flow: Flow, node: int) -> tuple[Term, ...]:
         scaled = "" if rounded or flow.reaches(skip, end) else weight  # `lerp(f(x), x, w)` scales the skip too
         return Term(skip, node, scaled and place), Term(end, node, scaled)
     moving = [(value, place) for place, value in others if value is not None and not flow.constant[value]]
-    if not moving or (name in _PARTS and (flow.constant[skip] or not _accumulates(target))):
+    if not moving or (name in _PARTS | _PRODUCTS and flow.constant[skip]):
+        return ()
+    if name in _PARTS and not _accumulates(target):
         return ()
     value, place_of_branch = max(moving, key=lambda item: item[0])
     return Term(skip, node, place), Term(value, node, place_of_branch)
