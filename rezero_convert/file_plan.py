@@ -263,7 +263,7 @@ def _distance(site: Site) -> tuple[bool, bool, bool]:
 
 
 def carried_out(text: str, plan: Plan, file: str) -> tuple[Plan, source.Rewritten]:
-    """The plan carried out; classes whose text cannot be rewritten are refused, and the others are.
+    """The plan carried out; classes whose text cannot be rewritten keep their norms or, if that is not it, are refused.
 
     Raises:
         ConversionError: the classes can be rewritten one by one, but not together.
@@ -271,16 +271,13 @@ def carried_out(text: str, plan: Plan, file: str) -> tuple[Plan, source.Rewritte
     try:
         return plan, source.rewrite(text, plan, file)
     except ConversionError:
-        left = dict(_unwritable(text, plan, file))
+        left = {cls: error for cls in _edited(plan) if (error := _error(text, _of(plan, cls), file))}
         if not left:
             raise
-    sites = tuple(
-        dataclasses.replace(site, **_REFUSED, reason=left[_class_of(site)])
-        if _class_of(site) in left and site in plan.edited
-        else site
-        for site in plan.sites
-    )
-    plan = dataclasses.replace(plan, sites=sites)
+    for cls, error in left.items():
+        kept = dataclasses.replace(plan, sites=tuple(_with_norms(site, cls, error) for site in plan.sites))
+        refused = dataclasses.replace(plan, sites=tuple(_without_gates(site, cls, error) for site in plan.sites))
+        plan = refused if _error(text, _of(kept, cls), file) else kept
     return plan, source.rewrite(text, plan, file)
 
 
@@ -316,14 +313,38 @@ _REFUSED: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _unwritable(text: str, plan: Plan, file: str) -> Iterator[tuple[str, str]]:
-    """The classes that cannot be rewritten even alone, with the reason."""
-    for cls in dict.fromkeys(_class_of(site) for site in plan.edited):
-        alone = tuple(site for site in plan.sites if _class_of(site) == cls)
-        try:
-            source.rewrite(text, dataclasses.replace(plan, sites=alone), file)
-        except ConversionError as error:
-            yield cls, str(error)
+def _edited(plan: Plan) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(_class_of(site) for site in plan.edited))
+
+
+def _of(plan: Plan, cls: str) -> Plan:
+    return dataclasses.replace(plan, sites=tuple(site for site in plan.sites if _class_of(site) == cls))
+
+
+def _error(text: str, plan: Plan, file: str) -> str:
+    """Why a plan cannot be carried out; "" if it can."""
+    try:
+        source.rewrite(text, plan, file)
+    except ConversionError as error:
+        return str(error)
+    return ""
+
+
+def _with_norms(site: Site, cls: str, reason: str) -> Site:
+    """The site, if it is one of the class, with the norms that were to go."""
+    if _class_of(site) != cls:
+        return site
+    norms = tuple(
+        norm if norm.action == "keep" else dataclasses.replace(norm, action="keep", reason=reason, bias="")
+        for norm in site.norms
+    )
+    return dataclasses.replace(site, norms=norms)
+
+
+def _without_gates(site: Site, cls: str, reason: str) -> Site:
+    if _class_of(site) != cls or not site.edited:
+        return site
+    return dataclasses.replace(site, **_REFUSED, reason=reason)
 
 
 def _class_of(site: Site) -> str:
