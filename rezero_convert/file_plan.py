@@ -15,7 +15,7 @@ from .capture import capture, check_runs, static
 from .detect import detect, outside
 from .errors import ConversionError
 from .methods import METHODS, by_depth
-from .plan import Norm, Options, Plan, Site, Span
+from .plan import Norm, Options, Plan, Repair, Site, Span
 from .rewrite import source
 
 
@@ -159,7 +159,8 @@ def _completed(site: Site, same: Site | None) -> Site:
     prefix = f"{site.path}." if site.path else ""
     known = {repair.parameter for repair in site.repairs}
     gone = {f"{norm.path}.weight" for norm in site.norms if norm.action != "keep"}
-    more = [dataclasses.replace(repair, parameter=prefix + repair.parameter) for repair in same.repairs]
+    more = [_below(repair, prefix) for repair in same.repairs]
+    owners = {repair.parameter: repair.owner for repair in more}
     conditional = [gate.at for gate in same.gates if gate.conditional and gate.at is not None]
     gates = tuple(
         dataclasses.replace(gate, conditional=gate.conditional or any(at.same_text(gate.at) for at in conditional))
@@ -167,9 +168,16 @@ def _completed(site: Site, same: Site | None) -> Site:
         else gate
         for gate in site.gates
     )
-    repairs = (*site.repairs, *(repair for repair in more if repair.parameter not in known | gone))
+    own = (dataclasses.replace(one, owner=one.owner or owners.get(one.parameter)) for one in site.repairs)
+    repairs = (*own, *(repair for repair in more if repair.parameter not in known | gone))
     norms = tuple(_held_in_text(norm, prefix, same.norms) for norm in site.norms)
     return dataclasses.replace(site, gates=gates, repairs=repairs, norms=norms)
+
+
+def _below(repair: Repair, prefix: str) -> Repair:
+    """A finding of a class by itself as one of an instance: `prefix` is its path with a dot."""
+    owner = None if repair.owner is None else (prefix + repair.owner[0], repair.owner[1])
+    return dataclasses.replace(repair, parameter=prefix + repair.parameter, owner=owner)
 
 
 def _held_in_text(norm: Norm, prefix: str, by_text: Iterable[Norm]) -> Norm:

@@ -26,6 +26,7 @@ from .static_values import (
     Tup,
     Unknown,
     Value,
+    emit,
     join_all,
 )
 
@@ -155,7 +156,9 @@ def container_method(value: Value, name: str, args: tuple[Value, ...], scope: Sc
         if name in ("copy", "__iter__"):
             return value
         if name == "pop":
-            return value.items[-1] if value.items else UNKNOWN
+            if value.items or not scope.loops or not scope.live:
+                return value.items[-1] if value.items else UNKNOWN
+            return emit(scope, "get_attr", "_popped", (), {}, Facts("unseen", "list"), at)  # filled in other passes
         return DATA if name in ("index", "count") else None
     if isinstance(value, Table):
         if name == "items":

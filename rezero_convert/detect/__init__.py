@@ -58,15 +58,22 @@ def outside(trace: Trace) -> tuple[Site, ...]:
 
 def _plan(trace: Trace, options: Options) -> Plan:
     facts = flow(trace, options.norm_types)
-    blocks, refusals, nested = find(facts, partial(is_gated, facts))
-    gated_long = [one.block for one in nested if options.long_skips and one.verdict == "long-skip"]
-    drafts = [of_block(facts, block, options) for block in (*blocks, *gated_long)]
-    drafts = _post_norms(facts, drafts, options)
-    placement = METHODS[options.method].placement
-    if placement is not None:
-        drafts = [placements.moved(facts, draft, placement) for draft in drafts]
-    others = _unexecuted(facts, drafts, options)
-    drafts = _settle_norms(facts, _merge(facts, drafts, refusals), others)
+    left: dict[int, Refusal] = {}
+    while True:
+        blocks, refusals, nested = find(facts, partial(is_gated, facts), left)
+        gated_long = [one.block for one in nested if options.long_skips and one.verdict == "long-skip"]
+        drafts = [of_block(facts, block, options) for block in (*blocks, *gated_long)]
+        drafts = _post_norms(facts, drafts, options)
+        placement = METHODS[options.method].placement
+        if placement is not None:
+            drafts = [placements.moved(facts, draft, placement) for draft in drafts]
+        others = _unexecuted(facts, drafts, options)
+        merged = _merge(facts, drafts, refusals)
+        more = dict(_left(facts, nested, merged))
+        if not more:
+            break
+        left |= more
+    drafts = _settle_norms(facts, merged, others)
     sites = applied(_named(facts, drafts, others, options), options)
     sites = headed(facts, sites, options)
     sites += [_refused(facts, refusal) for refusal in refusals]
@@ -77,6 +84,16 @@ def _plan(trace: Trace, options: Options) -> Plan:
     if placement is not None:
         notes += tuple(placements.notes(facts, drafts, placement))
     return Plan(tuple(ordered), options, trace.route, trace.scalars, notes, _kept_calls(facts, ordered))
+
+
+def _left(flow: Flow, nested: list[Nested], merged: list[Draft]) -> Iterator[tuple[int, Refusal]]:
+    """The blocks around others that cannot be rewritten for what their text is."""
+    reasons = {(one.site.path, one.site.span): one.site for one in merged if one.site.code in ("RZ911", "RZ912")}
+    for block in (one.other for one in nested if one.verdict == "interior"):
+        here = site_of(flow, block.sum, "refused", "")
+        site = reasons.get((here.path, here.span))
+        if site is not None:
+            yield block.sum.node, Refusal(block.sum, site.code, site.reason)
 
 
 def _order(site: Site) -> tuple[str, int, int, str]:
@@ -179,6 +196,18 @@ def _settle_norms(flow: Flow, drafts: list[Draft], others: list[arms.Arm]) -> li
     inside = {member.node for draft in drafts for member in draft.members}
     outside = {norms.path_of(flow, node): _where(flow, node) for node in norms.calls(flow) if node not in inside}
     final = norms.settle(held, outside, frozenset(bypassed))
+    busy = {
+        (frame.span, frames[-1].owner): _where(flow, node)
+        for node in norms.functional(flow)
+        if node not in inside
+        for frames in (flow.origin(node).frames,)
+        for frame in frames
+    }
+    for member in (member for draft in drafts for member in draft.members):
+        norm, frames = final[member.norm], flow.origin(member.node).frames
+        where = busy.get((norm.at.span, frames[-1].owner)) if norm.at is not None and frames else None
+        if where is not None and not norm.path and norm.action == "bypass":
+            final[member.norm] = replace(norm, action="keep", reason=f"its text also runs outside a branch, at {where}")
     return [replace(draft, site=_with_norms(draft, final)) if draft.members else draft for draft in drafts]
 
 
@@ -201,6 +230,12 @@ def _kept_calls(flow: Flow, sites: Iterable[Site]) -> tuple[tuple[Span, str], ..
         alone = flow.trace.model is None and frame is not None and frame.owner == ""
         if path and path not in gone and frame is not None and not alone:
             found[frame.span, path.rpartition(".")[2]] = None
+    spans = {norm.at.span for site in sites for norm in site.norms if norm.action != "keep" and norm.at is not None}
+    for node in norms.functional(flow):
+        frames = flow.origin(node).frames
+        alone = flow.trace.model is None and frames[-1].owner == ""
+        if not alone and not any(frame.span in spans for frame in frames):
+            found |= dict.fromkeys((frame.span, "") for frame in frames)
     return tuple(found)
 
 

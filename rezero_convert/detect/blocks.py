@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
+from types import MappingProxyType
 from typing import Literal
 
 from torch._ops import OpOverload, OpOverloadPacket
@@ -88,12 +89,15 @@ class Nested:
     other: Block
 
 
-def find(flow: Flow, gated: Callable[[Block], bool]) -> tuple[list[Block], list[Refusal], list[Nested]]:
+def find(
+    flow: Flow, gated: Callable[[Block], bool], left: Mapping[int, Refusal] = MappingProxyType({})
+) -> tuple[list[Block], list[Refusal], list[Nested]]:
     """All sums of a graph: blocks to rewrite, refusals, and blocks that contain or are contained in others.
 
     Args:
         flow: of a trace.
         gated: whether a block was decided for before: it stays a block, whatever is around or inside it.
+        left: blocks that cannot be rewritten, by their sums: those inside them stand for themselves.
     """
     blocks: list[Block] = []
     refusals: list[Refusal] = []
@@ -106,7 +110,8 @@ def find(flow: Flow, gated: Callable[[Block], bool]) -> tuple[list[Block], list[
     coupled = _reversible(flow, blocks)
     refusals = [replace(one, code="RZ918", reason=_HALF) if one.sum.node in coupled else one for one in refusals]
     refusals += [Refusal(block.sum, "RZ918", _HALF) for block in blocks if block.sum.node in coupled]
-    blocks = [block for block in blocks if block.sum.node not in coupled]
+    refusals += [left[block.sum.node] for block in blocks if block.sum.node in left]
+    blocks = [block for block in blocks if block.sum.node not in coupled and block.sum.node not in left]
     chosen, nested, parts = _nesting(flow, blocks, gated)
     return chosen, refusals + parts, nested
 
@@ -164,6 +169,9 @@ def _refusal(flow: Flow, whole: Sum, refusals: list[Refusal]) -> Refusal:
     unseen = next((term for term in whole.terms if _from_unseen(flow, term.value)), None)
     if unseen is not None:
         what = describe(flow, unseen.value)
+        if flow.trace.model is None:
+            told = f"the text does not tell what {what} comes from: pass --model and --inputs"
+            return Refusal(whole, "RZ915", told)
         return Refusal(whole, "RZ920", f"{what} comes from a computation that is no torch call, perhaps of the skip")
     if refusals:
         return max(refusals, key=lambda refusal: refusal.interest)

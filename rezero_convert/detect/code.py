@@ -398,7 +398,7 @@ def zeroed(file: str) -> frozenset[str]:
     for node in ast.walk(sources.tree(file)):
         if isinstance(node, ast.Call) and _initialises(node) and _fills_zero(node):
             target: ast.AST | None = node.args[0] if node.args else None
-            if not isinstance(target, ast.Attribute):
+            if not isinstance(_attached(target), ast.Attribute):
                 target = node.func.value if isinstance(node.func, ast.Attribute) else None
             names = _segments(target)
             if names:
@@ -409,7 +409,7 @@ def zeroed(file: str) -> frozenset[str]:
 def _segments(target: ast.AST | None) -> list[str]:
     """The path that an expression reads from a variable, without the variable; empty if it reads none."""
     names: list[str] = []
-    while isinstance(target, (ast.Attribute, ast.Subscript)):
+    while isinstance(target := _attached(target), (ast.Attribute, ast.Subscript)):
         if isinstance(target, ast.Attribute):
             names.append(target.attr)
         else:
@@ -417,6 +417,27 @@ def _segments(target: ast.AST | None) -> list[str]:
             names.append(str(index) if isinstance(index, int) else "*")
         target = target.value
     return names[::-1] if isinstance(target, ast.Name) else []
+
+
+def _attached(node: ast.AST | None) -> ast.AST | None:
+    """What `x.detach()` is of."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "detach":
+        return node.func.value
+    return node
+
+
+def has_no_bias(constructor: str) -> bool:
+    """Whether a layer is made without a bias, as written: `nn.Linear(a, b, bias=False)`."""
+    try:
+        call = ast.parse(constructor, mode="eval").body
+    except SyntaxError:
+        return False
+    if not isinstance(call, ast.Call):
+        return False
+    last = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    given = [keyword.value for keyword in call.keywords if keyword.arg == "bias"]
+    given += call.args[2:3] if last == "Linear" else []
+    return any(isinstance(value, ast.Constant) and value.value is False for value in given)
 
 
 def is_zeroed(file: str, path: str) -> bool:

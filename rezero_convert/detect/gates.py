@@ -229,7 +229,7 @@ def _computing_layer(flow: Flow, node: int) -> int | None:
         if flow.facts[node].kind == "linear" and flow.nodes[node].op == "call_module":
             path, frames = str(flow.nodes[node].target), flow.origin(node).frames
             if flow.trace.model is None:
-                return node if frames and _is_written_zero(frames[0].span.file, path, "linear") else None
+                return node if frames and _is_written_zero(flow, node, path, "linear") else None
             module = flow.module(path)
             parameters: list[object] = [] if module is None else list(module.parameters(recurse=False))
             parameters += [getattr(module, name) for name in getattr(module, "parametrizations", ())]
@@ -272,17 +272,33 @@ def _keeps_zero(flow: Flow, node: int) -> bool:
 
 
 def _written_repairs(flow: Flow, node: int) -> Iterator[Repair]:
-    """A layer of the owner that some statement of the file fills with zeros, perhaps under a condition."""
+    """A layer that some statement of the file fills with zeros, perhaps under a condition."""
     kind, frames = flow.facts[node].kind, flow.origin(node).frames
-    path = flow.steps[node].path if node in flow.steps else str(flow.nodes[node].target)
-    if kind not in ("norm", "linear") or not frames or not path or flow.nodes[node].op == "get_attr":
+    if kind not in ("norm", "linear") or not frames or flow.nodes[node].op == "get_attr":
         return
-    if _is_written_zero(frames[0].span.file, path, kind):
-        yield Repair(f"{path}.weight", "ones" if kind == "norm" else "reset", certain=False)
+    path = flow.steps[node].path if node in flow.steps else str(flow.nodes[node].target)
+    if node not in flow.steps and flow.nodes[node].op != "call_module":
+        weight = _weight_of(flow, node)
+        path = (
+            next((flow.parameter(root) or "" for root in _parameters(flow, weight)), "") if weight is not None else ""
+        )
+        path = path.removesuffix(".weight")
+    if path and _is_written_zero(flow, node, path, kind):
+        call = flow.origin(node).call
+        below = path.rpartition(".")[0]
+        within = next((one for one in flow.trace.calls if one.path == below), call)
+        owner = (within.path, within.cls) if within.path else None
+        yield Repair(f"{path}.weight", "ones" if kind == "norm" else "reset", certain=False, owner=owner)
 
 
-def _is_written_zero(file: str, path: str, kind: str) -> bool:
-    return code.is_zeroed(file, f"{path}.weight") and (kind == "norm" or code.is_zeroed(file, f"{path}.bias"))
+def _is_written_zero(flow: Flow, node: int, path: str, kind: str) -> bool:
+    """Whether the file fills a layer with zeros, by the layer's last name: in the constructor of what holds it."""
+    file, name = flow.origin(node).frames[0].span.file, path.rpartition(".")[2]
+    if not (code.is_zeroed(file, f"{path}.weight") or code.is_zeroed(file, f"{name}.weight")):
+        return False
+    bare = kind == "norm" or code.has_no_bias(flow.nodes[node].meta.get("constructor", ""))
+    bare = bare or (flow.nodes[node].op != "call_module" and node not in flow.steps)  # `_weight_of` has seen to it
+    return bare or code.is_zeroed(file, f"{path}.bias") or code.is_zeroed(file, f"{name}.bias")
 
 
 def _layer_repairs(flow: Flow, path: str, kind: str) -> Iterator[Repair]:
@@ -326,7 +342,13 @@ def _weight_of(flow: Flow, node: int) -> int | None:
         is_zero(parameter(flow, flow.parameter(root) or "")) for root in _parameters(flow, bias)
     ):
         return None
-    return weight if weight is not None and flow.constant[weight] else None
+    return weight if weight is not None and _holds_values_of_weights(flow, weight) else None
+
+
+def _holds_values_of_weights(flow: Flow, node: int) -> bool:
+    """Whether a value is constant, be it of a type that the stream decides: `self.weight.type_as(x)`."""
+    sources = flow.inputs[node]
+    return flow.constant[node] or (bool(sources) and all(_holds_values_of_weights(flow, one) for one in sources))
 
 
 def held_at_zero(flow: Flow, branch: Branch, repaired: Collection[str]) -> str | None:

@@ -54,6 +54,28 @@ def argument(frames: Sequence[Frame], at: Operand) -> Operand | Refused:
     return at
 
 
+def called(frames: Sequence[Frame], at: Operand) -> Operand | None:
+    """The argument, at the call in a module's method, of functions that return what an operation makes of it.
+
+    Args:
+        frames: where the operation ran: the function first, the method last.
+        at: the operand in the function's text.
+    """
+    span = at.span
+    for inner, outer in pairwise(frames):
+        definition, read = _definition(inner), code.operand(at)
+        if definition is None or not isinstance(read, ast.Name):
+            return None
+        returned = [node.value for node in ast.walk(definition) if isinstance(node, ast.Return)]
+        if len(returned) != 1 or returned[0] is not code.expression(span):
+            return None
+        found = passed(inner, outer, read)
+        if found is None:
+            return None
+        at, span = found, outer.span
+    return at
+
+
 def passed(inner: Frame, outer: Frame, read: ast.Name) -> Operand | None:
     """The argument that a variable of a function is, at the call of that function, unless it is set anew before."""
     definition = _definition(inner)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import fx, nn
 
 from ..capture.trace import Frame, origin
 from ..plan import Norm, NormAction, Operand, Options, Span
-from . import code
+from . import code, helpers
 from .blocks import Block, Branch, has_weight
 from .flow import Flow
 
@@ -108,11 +108,22 @@ def _with(norm: Norm, action: NormAction, reason: str, attribute: str = "", bias
 
 
 def _functional(flow: Flow, node: int, norm: Norm) -> Norm:
-    if any(flow.constant[source] for source in flow.inputs[node]):
+    frames = flow.origin(node).frames
+    if len(frames) > 1 and frames[0].owner is None and norm.at is not None:
+        at = helpers.called(frames, norm.at)
+        if at is None:
+            function = frames[0].place.qualname
+            return _with(norm, "keep", f"functional norm inside {function}, which does not just return it")
+        norm = replace(norm, at=at)
+    if any(flow.constant[source] and _reads_attribute(flow, source) for source in flow.inputs[node]):
         return _with(norm, "keep", "functional norm with parameters of its module, which would be left unused")
     if norm.at is None or code.operand(norm.at) is None:
         return _with(norm, "keep", "functional norm whose call is not found in the text")
     return _with(norm, "bypass", f"{norm.kind}-type norm dropped")
+
+
+def _reads_attribute(flow: Flow, node: int) -> bool:
+    return flow.parameter(node) is not None or any(_reads_attribute(flow, source) for source in flow.inputs[node])
 
 
 def in_graph(flow: Flow, node: int) -> Operand | None:
@@ -141,6 +152,15 @@ def _is_element(flow: Flow, node: int) -> bool:
 def calls(flow: Flow) -> Iterator[int]:
     """The runs of norm modules."""
     return (node for node in range(len(flow.nodes)) if flow.facts[node].kind == "norm" and path_of(flow, node))
+
+
+def functional(flow: Flow) -> Iterator[int]:
+    """The runs of norms without a module, in code that somebody wrote."""
+    for node in range(len(flow.nodes)):
+        frames = flow.origin(node).frames
+        written = bool(frames) and frames[-1].span not in flow.trace.generated
+        if written and flow.facts[node].kind == "norm" and not path_of(flow, node):
+            yield node
 
 
 def path_of(flow: Flow, node: int) -> str:

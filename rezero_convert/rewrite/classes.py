@@ -309,7 +309,10 @@ def set_by(call: ast.Call) -> tuple[str, ...] | None:
     """What an initializing call fills: the argument of `nn.init.zeros_(x)`, the receiver of `x.data.fill_(0)`."""
     if not last_name(call.func).endswith("_") or last_name(call.func).endswith("__"):
         return None
-    receiver = attribute_chain(call.func.value) if isinstance(call.func, ast.Attribute) else None
+    filled = call.func.value if isinstance(call.func, ast.Attribute) else None
+    if isinstance(filled, ast.Call) and last_name(filled.func) == "detach" and isinstance(filled.func, ast.Attribute):
+        filled = filled.func.value
+    receiver = attribute_chain(filled) if filled is not None else None
     if receiver is not None and receiver[-1] in ("data", "weight", "bias"):
         return tuple(part for part in receiver if part != "data")
     target = attribute_chain(call.args[0]) if call.args else None
