@@ -160,7 +160,7 @@ def _completed(site: Site, same: Site | None) -> Site:
     known = {repair.parameter for repair in site.repairs}
     gone = {f"{norm.path}.weight" for norm in site.norms if norm.action != "keep"}
     more = [_below(repair, prefix) for repair in same.repairs]
-    owners = {repair.parameter: repair.owner for repair in more}
+    told = {repair.parameter: repair for repair in more}
     conditional = [gate.at for gate in same.gates if gate.conditional and gate.at is not None]
     gates = tuple(
         dataclasses.replace(gate, conditional=gate.conditional or any(at.same_text(gate.at) for at in conditional))
@@ -168,10 +168,17 @@ def _completed(site: Site, same: Site | None) -> Site:
         else gate
         for gate in site.gates
     )
-    own = (dataclasses.replace(one, owner=one.owner or owners.get(one.parameter)) for one in site.repairs)
+    own = (_told(one, told.get(one.parameter)) for one in site.repairs)
     repairs = (*own, *(repair for repair in more if repair.parameter not in known | gone))
     norms = tuple(_held_in_text(norm, prefix, same.norms) for norm in site.norms)
     return dataclasses.replace(site, gates=gates, repairs=repairs, norms=norms)
+
+
+def _told(repair: Repair, by_text: Repair | None) -> Repair:
+    """A finding of a run, with where and how the text does it."""
+    if by_text is None:
+        return repair
+    return dataclasses.replace(repair, how=by_text.how, owner=repair.owner or by_text.owner)
 
 
 def _below(repair: Repair, prefix: str) -> Repair:

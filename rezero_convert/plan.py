@@ -167,6 +167,7 @@ class Gate:
         return tuple(f"{self.alpha}.{member}" for member in self.members) if self.loops else (self.alpha,)
 
 
+RepairKind = Literal["ones", "zeros", "scaled", "reset", "unwrap"]
 NormAction = Literal["bypass", "slot", "unfuse", "keep"]
 """bypass: the call `norm(x)` in the text becomes `x`, and the module goes. slot: the module is replaced by an identity
 where it is held (Sequential, ModuleList, loops). unfuse: a fused norm + activation module is replaced by its activation
@@ -225,9 +226,10 @@ class Repair:
 
     parameter: str
     """Path from the root: `layer1.0.bn2.weight`."""
-    how: Literal["ones", "zeros", "scaled", "reset"]
+    how: RepairKind
     """ones: filled with 1. zeros: with 0, as the method starts. scaled: multiplied by `factor`, as the method starts.
-    reset: its module's `reset_parameters()`, or PyTorch's default initialization."""
+    reset: its module's `reset_parameters()`, or PyTorch's default initialization. unwrap (in files): the layer without
+    the function around it that fills it with zeros."""
     certain: bool = True
     """It is zero now; False where a statement of the file may make it so (static route)."""
     factor: float = 1.0

@@ -199,6 +199,25 @@ def test_a_module_that_fails_in_its_second_run_only_fails() -> None:
     assert failed(rz.validate(made, torch.ones(2, 16))) == {"vjp eval", "vjp train"}
 
 
+def test_an_activation_behind_a_loop_is_not_the_last_blocks_own() -> None:
+    class Looped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in self.layers:
+                entry = x
+                x = torch.tanh(layer(x))
+                x += entry
+            return torch.relu(x)
+
+    model, x = Looped(), torch.randn(2, 16)
+    made = rz.convert(model, x)
+    assert rz.validate(made, x).ok
+    assert torch.equal(made(x), torch.relu(x))
+
+
 def test_double_zero() -> None:
     model = converted(resnet(), image())
     nn.init.zeros_(model.layer2[0].bn2.weight)

@@ -102,7 +102,7 @@ def leaf(instance: Instance, own: Facts, arguments: Arguments, at: ast.expr, sco
     args = [plain(value) for value in arguments.args]
     kwargs = {key: plain(value) for key, value in arguments.kwargs.items()}
     node = emit(scope, "call_module", instance.path or "self", args, kwargs, own, at)
-    node.meta["constructor"] = instance.module.constructor
+    node.meta["constructor"], node.meta["through"] = instance.module.constructor, instance.module.through
     return node
 
 
@@ -289,6 +289,8 @@ def inline(callee: Bound | Closure | FunctionRef, arguments: Arguments, at: ast.
         return UNKNOWN  # what it does to others' attributes is not followed
     place = Place("", callee.qualname, callee.file, _first_line(callee.node))
     result = _run(callee.node, callee.file, place, arguments, scope, at, None, None, scope.call)
+    if isinstance(result, Module) and any(result is given for given in arguments.args):
+        return dataclasses.replace(result, through=(*result.through, callee.node))
     if scope.live and is_absent(result) and arguments.nodes and _returns(callee.node):
         return emit(scope, "call_function", opaque, arguments.nodes, {}, OPAQUE, at)
     return result

@@ -83,6 +83,8 @@ class Module:
     elements: tuple[tuple[str, Value], ...] = ()
     constructor: str = ""
     """Source text of a parameter's initial value; of the call that makes a leaf."""
+    through: tuple[ast.FunctionDef | ast.AsyncFunctionDef, ...] = ()
+    """The functions that were given it and returned it: `zero_module(nn.Linear(4, 4))`."""
     optional: bool = False
     bypassed: bool = False
     """Under a condition an identity takes its place."""

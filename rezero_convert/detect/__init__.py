@@ -524,7 +524,7 @@ def _form(site: Site) -> str:
         words.append(f"{len(branches)} parallel branches")
     if any(gate.existing for gate in site.gates):
         words.append("existing gate")
-    if any(repair.how in ("ones", "reset") for repair in site.repairs):
+    if any(repair.how in ("ones", "reset", "unwrap") for repair in site.repairs):
         words.append("zero-initialised last layer")
     return ", ".join(words)
 

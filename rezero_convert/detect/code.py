@@ -426,6 +426,23 @@ def _attached(node: ast.AST | None) -> ast.AST | None:
     return node
 
 
+def zeroes(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether a function fills all parameters of its argument with zeros, in a loop over `module.parameters()`."""
+    for loop in (node for node in ast.walk(function) if isinstance(node, ast.For)):
+        walked = loop.iter.func if isinstance(loop.iter, ast.Call) else None
+        if (
+            not isinstance(walked, ast.Attribute)
+            or walked.attr != "parameters"
+            or not isinstance(loop.target, ast.Name)
+        ):
+            continue
+        for call in (node for node in ast.walk(loop) if isinstance(node, ast.Call) and _fills_zero(node)):
+            read = {node.id for node in ast.walk(call) if isinstance(node, ast.Name)}
+            if loop.target.id in read:
+                return True
+    return False
+
+
 def has_no_bias(constructor: str) -> bool:
     """Whether a layer is made without a bias, as written: `nn.Linear(a, b, bias=False)`."""
     try:

@@ -10,8 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
+from .. import sources
 from ..capture.trace import Call
-from ..plan import Repair
+from ..plan import Repair, RepairKind
 from . import code
 from .blocks import Branch
 from .flow import Flow
@@ -284,15 +285,23 @@ def _written_repairs(flow: Flow, node: int) -> Iterator[Repair]:
         )
         path = path.removesuffix(".weight")
     if path and _is_written_zero(flow, node, path, kind):
-        call = flow.origin(node).call
-        below = path.rpartition(".")[0]
-        within = next((one for one in flow.trace.calls if one.path == below), call)
-        owner = (within.path, within.cls) if within.path else None
-        yield Repair(f"{path}.weight", "ones" if kind == "norm" else "reset", certain=False, owner=owner)
+        holders = [call for call in flow.trace.calls if call.path and path.startswith(f"{call.path}.")]
+        here = [call for call in holders if sources.class_of(frames[0].span.file, call.cls) is not None]
+        within = max(here, key=lambda call: len(call.path), default=None)
+        owner = None if within is None else (within.path, within.cls)
+        undone: RepairKind = "ones" if kind == "norm" else "unwrap" if _is_wrapped(flow, node) else "reset"
+        yield Repair(f"{path}.weight", undone, certain=False, owner=owner)
+
+
+def _is_wrapped(flow: Flow, node: int) -> bool:
+    """Whether a layer comes from a function that fills it with zeros: `zero_module(nn.Conv2d(8, 8, 3))`."""
+    return any(map(code.zeroes, flow.nodes[node].meta.get("through", ())))
 
 
 def _is_written_zero(flow: Flow, node: int, path: str, kind: str) -> bool:
     """Whether the file fills a layer with zeros, by the layer's last name: in the constructor of what holds it."""
+    if kind == "linear" and _is_wrapped(flow, node):
+        return True
     file, name = flow.origin(node).frames[0].span.file, path.rpartition(".")[2]
     if not (code.is_zeroed(file, f"{path}.weight") or code.is_zeroed(file, f"{name}.weight")):
         return False

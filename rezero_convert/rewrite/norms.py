@@ -183,6 +183,9 @@ def repair(
 ) -> tuple[set[ast.stmt], list[Edit], list[str]]:
     """Undoes statements that zero a branch's last parameter; remarks if there is none in this file."""
     attribute, *rest = path.split(".")
+    if how == "unwrap":
+        wrapped = [_unwrapped(source, value) for _, value, _ in resolve(source, cls, path.split(".")[:-1])]
+        return set(), [edit for edit in wrapped if edit is not None], []
     family = related(source, cls)
     found = [call for call in init_calls(source, family, attribute) if list(call.rest) == rest and _is_zero(call.call)]
     if not found:
@@ -191,6 +194,12 @@ def repair(
     if how == "reset":
         return {call.stmt for call in found}, [], []
     return set(), [_refilled_like(source, call.call, names) for call in found], []
+
+
+def _unwrapped(source: Source, value: ast.expr) -> Edit | None:
+    """`zero_module(nn.Linear(4, 4))` without the function."""
+    given = value.args[0] if isinstance(value, ast.Call) and len(value.args) == 1 and not value.keywords else None
+    return Edit(*source.span(value), source.segment(given)) if isinstance(given, ast.Call) else None
 
 
 def _refilled_like(source: Source, call: ast.Call, names: Names) -> Edit:

@@ -266,10 +266,18 @@ def output_of(flow: Flow, node: int, site: Site | None) -> int:
         kind = flow.facts[users[0]].kind
         own = parent is call if "" in post and step is None else False  # a functional norm has no path
         known = own or any(path and (target == path or target.endswith(f".{path}")) for path in post)
-        if not ((kind == "activation" and parent is call) or (kind == "norm" and known)):
+        active = kind == "activation" and parent is call and (site is None or _follows_every(flow, node))
+        if not (active or (kind == "norm" and known)):
             break
         node = users[0]
     return node
+
+
+def _follows_every(flow: Flow, node: int) -> bool:
+    """Whether an activation follows all runs of an add in its module: one behind a loop follows the last pass."""
+    frames, call = flow.origin(node).frames[:1], flow.origin(node).call
+    runs = [i for i, one in enumerate(flow.nodes) if origin(one).frames[:1] == frames and origin(one).call is call]
+    return all(any(flow.facts[user].kind == "activation" for user in flow.users[run]) for run in runs)
 
 
 def _unscaled(flow: Flow, node: int) -> int:

@@ -1,0 +1,44 @@
+from torch import nn
+
+
+def zero_module(module):
+    for p in module.parameters():
+        p.detach().zero_()
+    return module
+
+
+class ResBlock(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(4, channels),
+            nn.SiLU(),
+            zero_module(nn.Conv2d(channels, channels, 3, padding=1)),
+        )
+
+    def forward(self, x):
+        return x + self.out_layers(x)
+
+
+class Attention(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.norm = nn.GroupNorm(4, channels)
+        self.qkv = nn.Conv1d(channels, channels * 3, 1)
+        self.proj_out = zero_module(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm(x)).chunk(3, dim=1)
+        return x + self.proj_out(v * (q * k).softmax(-1))
+
+
+class Encoded(nn.Module):
+    """What is zero here is not the branch as a whole."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.position = zero_module(nn.Conv1d(channels, channels, 1))
+        self.mix = nn.Conv1d(channels, channels, 1)
+
+    def forward(self, x):
+        return x + self.mix(x.relu()) + self.position(x).sigmoid()
