@@ -459,15 +459,22 @@ def _as_in_text(flow: Flow, asked: names.Request, line: Span | None, options: Op
 
 
 def _on_line(flow: Flow, asked: names.Request, line: Span, options: Options) -> names.Request:
-    """The request for the only branch that the text of the class adds on a line."""
+    """The request for the only branch that the text of the class adds on a line, or at least for its only add there."""
     text = _text_of(flow, asked.cls)
-    found = _static(options, text[0], text[2]) if text is not None else ()
-    here = {gate.at: gate.child for site in found if _same_line(site.span, line) for gate in site.gates if gate.at}
-    if len(here) != 1:
+    if text is None:
         return asked
-    ((at, child),) = here.items()
-    bases = [base.__qualname__ for base in flow.trace.classes[asked.cls].__mro__]
-    return names.Request(asked.cls, bases.index(at.place.cls) if at.place.cls in bases else 0, at, child)
+    file, definition, qualname = text
+    found = _static(options, file, qualname)
+    here = {gate.at: gate.child for site in found if _same_line(site.span, line) for gate in site.gates if gate.at}
+    if len(here) == 1:
+        ((at, child),) = here.items()
+        bases = [base.__qualname__ for base in flow.trace.classes[asked.cls].__mro__]
+        return names.Request(asked.cls, bases.index(at.place.cls) if at.place.cls in bases else 0, at, child)
+    spans = [span for span in adds(file, definition) if _same_line(span, line)]
+    if len(spans) != 1:
+        return asked
+    place = Place(asked.at.place.module, f"{qualname}.forward", file, definition.lineno)
+    return replace(asked, at=replace(asked.at, place=place, span=spans[0]))
 
 
 def _same_line(span: Span | None, line: Span) -> bool:

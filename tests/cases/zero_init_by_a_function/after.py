@@ -33,17 +33,3 @@ class Attention(nn.Module):
     def forward(self, x):
         q, k, v = self.qkv(self.norm(x)).chunk(3, dim=1)
         return x + self.alpha * self.proj_out(v * (q * k).softmax(-1))
-
-
-class Encoded(nn.Module):
-    """What is zero here is not the branch as a whole."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.position = nn.Conv1d(channels, channels, 1)
-        self.alpha_position = nn.Parameter(torch.zeros(1))
-        self.mix = nn.Conv1d(channels, channels, 1)
-        self.alpha_mix = nn.Parameter(torch.zeros(1))
-
-    def forward(self, x):
-        return x + self.alpha_mix * self.mix(x.relu()) + self.alpha_position * self.position(x).sigmoid()

@@ -30,15 +30,3 @@ class Attention(nn.Module):
     def forward(self, x):
         q, k, v = self.qkv(self.norm(x)).chunk(3, dim=1)
         return x + self.proj_out(v * (q * k).softmax(-1))
-
-
-class Encoded(nn.Module):
-    """What is zero here is not the branch as a whole."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.position = zero_module(nn.Conv1d(channels, channels, 1))
-        self.mix = nn.Conv1d(channels, channels, 1)
-
-    def forward(self, x):
-        return x + self.mix(x.relu()) + self.position(x).sigmoid()
