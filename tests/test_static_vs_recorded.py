@@ -43,6 +43,23 @@ def test_spans_are_told_apart() -> None:
     assert (found.precision, found.recall) == (1 / 3, 1 / 3)
 
 
+def test_no_more_models_run_once_every_add_was_come_to(monkeypatch: Any) -> None:
+    one = text(a=said("rewritten"), b=said("refused"))
+    assert not compare.covered([one, spans("one", a=said("rewritten"), b=said("not-executed"))], "timm", "a.py")
+    runs = [spans("one", a=said("rewritten")), spans("two", b=said("refused"))]
+    assert compare.covered([one, *runs], "timm", "a.py")
+    assert not compare.covered(runs, "timm", "a.py")  # its text was not read
+    monkeypatch.setattr(compare, "files", lambda zoo: ["a.py"])
+    monkeypatch.setattr(compare, "models", lambda zoo, each: {"a.py": ["one", "two", "three"]})
+    options = compare._parser().parse_args(["--zoo", "timm", "--kind", "text", "--kind", "spans"])
+    done: dict[tuple[str, str, str], Record] = {}
+    asked = []
+    for task in compare._tasks(options, done):
+        asked.append(task[1])
+        done[task] = {"a.py": one, "one": runs[0], "two": runs[1]}[task[1]]
+    assert asked == ["a.py", "one", "two"]
+
+
 def test_what_no_text_was_read_of_is_not_compared() -> None:
     assert compare.compared([spans("one", both=said("rewritten"))], "timm") == compare.Tally()
 
