@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import fx
 
+from .. import sources
 from . import static_builtins as builtins
 from .static_access import assign, attribute, iterate, subscript, top_level
 from .static_core import evaluate, of_target
@@ -349,8 +350,13 @@ def _data(node: ast.JoinedStr | ast.FormattedValue, scope: Scope) -> Value:
 
 def evaluate_test(node: ast.expr, scope: Scope) -> None:
     """Bind what a condition binds. Its operations are no data flow and make no nodes."""
-    if not scope.state.exact and any(isinstance(part, ast.NamedExpr) for part in ast.walk(node)):
+    if not scope.state.exact and _binds(node):
         evaluate(node, scope)
+
+
+@sources.cached
+def _binds(node: ast.expr) -> bool:
+    return any(isinstance(part, ast.NamedExpr) for part in ast.walk(node))
 
 
 def truth(node: ast.expr, scope: Scope) -> bool | None:

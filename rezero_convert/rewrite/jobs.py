@@ -209,7 +209,7 @@ def _called(source: Source, at: Operand) -> list[str]:
     """Attributes of `self` that the operand's expression calls."""
     start, end = (at.span.line, at.span.col), (at.span.end_line, at.span.end_col)
     found = []
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         if isinstance(node, ast.Call) and start <= (node.lineno, node.col_offset):
             chain = attribute_chain(node.func)
             if chain is not None and len(chain) == 2 and (node.end_lineno or 0, node.end_col_offset or 0) <= end:
@@ -227,7 +227,7 @@ def _evaluated_before(source: Source, gate: Gate) -> bool:
     def holds(node: ast.stmt) -> bool:
         return (node.lineno, node.col_offset) <= start and end <= (node.end_lineno or 0, node.end_col_offset or 0)
 
-    function = next((f for f in ast.walk(source.tree) if isinstance(f, Function) and holds(f)), None)
+    function = next((f for f in source.nodes if isinstance(f, Function) and holds(f)), None)
     if function is None or not function.args.args:
         return False
     chain = (function.args.args[0].arg, gate.child.partition(".")[0])

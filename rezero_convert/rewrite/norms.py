@@ -141,7 +141,7 @@ def slot_edits(source: Source, cls: ast.ClassDef, path: str, names: Names) -> li
 
 def _check_only_user(source: Source, host: ast.ClassDef, user: ast.ClassDef, path: str) -> None:
     inside = {id(node) for cls in (host, *related(source, user)) for node in ast.walk(cls)}
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         if isinstance(node, ast.Name) and node.id == host.name and id(node) not in inside:
             raise ConversionError(
                 f"{source.file}:{node.lineno}: {host.name} is used here too; {path} of {user.name} cannot go alone"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import difflib
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -39,7 +38,7 @@ def rewrite(text: str, plan: Plan, file: str) -> Rewritten:
     """`text`, the content of `file`, with the plan's converted sites of that file carried out.
 
     Everything that is not edited stays as it is: line ends, byte order mark, comments, a missing last line end. A file
-    for which nothing is converted comes back identical. The result parses and compiles.
+    for which nothing is converted comes back identical. The result parses.
 
     Raises:
         ConversionError: the text does not parse, the plan asks for what cannot be written, or the instances of one
@@ -61,9 +60,6 @@ def rewrite(text: str, plan: Plan, file: str) -> Rewritten:
     if not body.endswith("\n") and result.endswith("\n"):
         result = result[:-1]
     new = parse(result, file)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        compile(result, file, "exec")
     notes += leftovers(original, new) + undecided(plan, file) + elsewhere(plan, file)
     return Rewritten(mark + _with_line_ends(text[len(mark) :], body, result), tuple(dict.fromkeys(notes)))
 
