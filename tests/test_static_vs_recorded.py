@@ -43,6 +43,15 @@ def test_spans_are_told_apart() -> None:
     assert (found.precision, found.recall) == (1 / 3, 1 / 3)
 
 
+def test_an_arm_that_no_run_took_is_not_wrong() -> None:
+    static = text(taken=said("rewritten"), other=said("rewritten"))
+    runs = [spans("one", taken=said("rewritten"))]
+    assert len(compare.compared([static, *runs], "timm").wrong) == 1
+    static.found["apart"] = {"other": ["taken"]}
+    found = compare.compared([static, *runs], "timm")
+    assert (found.wrong, found.unseen) == ((), 1)
+
+
 def test_no_more_models_run_once_every_add_was_come_to(monkeypatch: Any) -> None:
     one = text(a=said("rewritten"), b=said("refused"))
     assert not compare.covered([one, spans("one", a=said("rewritten"), b=said("not-executed"))], "timm", "a.py")
