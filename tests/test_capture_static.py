@@ -612,3 +612,18 @@ def test_what_is_a_tensor_or_a_tuple_is_followed_as_what_is_called_on_it() -> No
     for node in above:
         above += [one for one in node.all_input_nodes if one not in above]
     assert fc in above
+
+
+def test_a_tuple_and_what_follows_it_are_no_sum() -> None:
+    trace = capture("""
+        class M(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.fc = nn.Linear(4, 4)
+            def forward(self, x, more):
+                found = self.fc(x)
+                outputs = (x,) + more[1:]
+                return outputs[0] + found
+    """)
+    (add,) = adds_of(trace)
+    assert [node.op for node in add.args] == ["placeholder", "call_module"]

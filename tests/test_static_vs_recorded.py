@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sweep import static_vs_recorded as compare
 from sweep.record import Record
+
+from rezero_convert.plan import Gate, Place, Plan, Site, Span
 
 FILE = "timm/models/levit.py"
 
@@ -50,6 +53,16 @@ def test_an_arm_that_no_run_took_is_not_wrong() -> None:
     static.found["apart"] = {"other": ["taken"]}
     found = compare.compared([static, *runs], "timm")
     assert (found.wrong, found.unseen) == ((), 1)
+
+
+def test_an_add_that_is_gated_for_some_instances_only_is_left_by_a_run() -> None:
+    place = Place("0", "A.forward", compare._installed(FILE).as_posix(), 1)
+    gates = (Gate(None, "alpha", "", ""),)
+    one = Site("converted", "RZ101", "", "0", "A", place, Span(place.file, 2, 3, 4, 5), gates=gates)
+    other = replace(one, path="1", verdict="interior", code="RZ131")
+    found = compare._by_file(Plan((one, other)))
+    assert [sites["2:3:4:5"][:2] for sites in found.values()] == [["refused", "RZ917"]]
+    assert compare._by_file(Plan((one,)))[FILE]["2:3:4:5"][0] == "rewritten"
 
 
 def test_no_more_models_run_once_every_add_was_come_to(monkeypatch: Any) -> None:

@@ -137,16 +137,22 @@ def _of_lists(op: ast.operator, left: Value, right: Value, at: ast.expr | ast.Au
                 return value
         if isinstance(written, (ast.Tuple, ast.List)):  # the left side is some list we know nothing of
             return right
+        if isinstance(left, Tup) and isinstance(at, ast.BinOp) and isinstance(at.left, (ast.Tuple, ast.List)):
+            return Tup((*left.items, UNKNOWN), False, left.builtin)  # a list of which the rest is not known
         if isinstance(left, Tup) and not any(nodes_of(left)) and not isinstance(right, fx.Node):
             return Tup((*left.items, UNKNOWN), False, left.builtin)
-    if isinstance(op, ast.Mult):
-        for value, other in ((left, right), (right, left)):
-            if isinstance(value, Tup) and not isinstance(other, fx.Node):
-                if scope.state.exact and isinstance(other, Const) and isinstance(other.value, int):
-                    return Tup(value.items * min(other.value, scope.state.limits.elements), value.exact, value.builtin)
-                return Tup(value.items[:1], False, value.builtin) if value.items else value
-            if isinstance(value, Module) and value.role == "buffer":
-                return value
+    return _repeated(left, right, scope) if isinstance(op, ast.Mult) else None
+
+
+def _repeated(left: Value, right: Value, scope: Scope) -> Value | None:
+    """`list * number`; None for arithmetic."""
+    for value, other in ((left, right), (right, left)):
+        if isinstance(value, Tup) and not isinstance(other, fx.Node):
+            if scope.state.exact and isinstance(other, Const) and isinstance(other.value, int):
+                return Tup(value.items * min(other.value, scope.state.limits.elements), value.exact, value.builtin)
+            return Tup(value.items[:1], False, value.builtin) if value.items else value
+        if isinstance(value, Module) and value.role == "buffer":
+            return value
     return None
 
 
