@@ -178,6 +178,7 @@ class SourceResult:
     """What became unused by the rewriting, and what was left as it is."""
 
 
+@uncollected()
 def convert_source(
     text: str, *, file: str = "<source>", model: nn.Module | None = None, example_inputs: Any = None, **options: Any
 ) -> SourceResult:
@@ -225,6 +226,7 @@ def convert_source(
     return SourceResult(made.text, Report(plan, title=file), made.notes)
 
 
+@uncollected()
 def audit_source(
     text: str, *, file: str = "<source>", model: nn.Module | None = None, example_inputs: Any = None, **options: Any
 ) -> Report:

@@ -17,6 +17,7 @@ from .errors import ConversionError
 from .methods import METHODS, by_depth
 from .plan import Norm, Options, Plan, Repair, Site, Span
 from .rewrite import source
+from .rewrite.norms import NormStays
 
 
 def written(text: str, file: str, options: Options) -> Plan:
@@ -131,7 +132,8 @@ def _norms_of_text(site: Site, kept: frozenset[tuple[Span, str]]) -> Site:
         several = inside and "*" in norm.path.removeprefix(site.path) and not any(gate.loops for gate in site.gates)
         if norm.action == "bypass" and several:
             return dataclasses.replace(norm, action="keep", reason="its call serves instances that are not gated here")
-        if norm.action == "slot" and (not inside or "*" in norm.path.removeprefix(site.path)):
+        below = norm.path.removeprefix(site.path).lstrip(".")
+        if norm.action == "slot" and (not inside or "*" in below.removesuffix(".*")):
             return dataclasses.replace(norm, action="keep", reason="it is held in a list that is not written out")
         return norm
 
@@ -285,15 +287,31 @@ def carried_out(text: str, plan: Plan, file: str) -> tuple[Plan, source.Rewritte
     """
     try:
         return plan, source.rewrite(text, plan, file)
+    except NormStays as error:
+        kept = _keeping(plan, error)
+        if kept == plan:
+            raise
+        return carried_out(text, kept, file)
     except ConversionError:
-        left = {cls: error for cls in _edited(plan) if (error := _error(text, _of(plan, cls), file))}
+        left = {cls: why for cls in _edited(plan) if (why := _error(text, _of(plan, cls), file))}
         if not left:
             raise
-    for cls, error in left.items():
-        kept = dataclasses.replace(plan, sites=tuple(_with_norms(site, cls, error) for site in plan.sites))
-        refused = dataclasses.replace(plan, sites=tuple(_without_gates(site, cls, error) for site in plan.sites))
+    for cls, why in left.items():
+        kept = dataclasses.replace(plan, sites=tuple(_with_norms(site, cls, why) for site in plan.sites))
+        refused = dataclasses.replace(plan, sites=tuple(_without_gates(site, cls, why) for site in plan.sites))
         plan = refused if _error(text, _of(kept, cls), file) else kept
     return plan, source.rewrite(text, plan, file)
+
+
+def _keeping(plan: Plan, error: NormStays) -> Plan:
+    """The plan with the norms of some calls kept."""
+
+    def settled(norm: Norm) -> Norm:
+        stays = norm.action != "keep" and norm.at is not None and norm.at.span in error.calls
+        return dataclasses.replace(norm, action="keep", reason=str(error)) if stays else norm
+
+    sites = (dataclasses.replace(site, norms=tuple(settled(norm) for norm in site.norms)) for site in plan.sites)
+    return dataclasses.replace(plan, sites=tuple(sites))
 
 
 def recheck(before: str, after: str, file: str, options: Options, *, again: bool) -> None:

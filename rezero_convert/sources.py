@@ -7,6 +7,7 @@ import linecache
 import os
 import sys
 import tokenize
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, wraps
@@ -151,17 +152,38 @@ def tree(file: str) -> ast.Module:
         ConversionError: the text cannot be had or has a syntax error; the message gives file and line.
     """
     try:
-        return ast.parse(text(file))
+        return _parsed(text(file), file)
     except (SyntaxError, ValueError) as error:
         line = getattr(error, "lineno", None)
         where = f"{file}:{line}" if line else file
         raise ConversionError(f"{where}: syntax error: {getattr(error, 'msg', error)}") from error
 
 
-@cached_by_file
+def parsed(content: str, file: str) -> ast.Module:
+    """The tree of a text: the one of `file` where that is its text. Not to be changed.
+
+    Raises:
+        SyntaxError, ValueError: as `ast.parse`.
+    """
+    return tree(file) if "".join(linecache.getlines(file)) == content else _parsed(content, file)
+
+
+@lru_cache(maxsize=2)  # a rewritten text is parsed, then registered
+def _parsed(content: str, file: str) -> ast.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ast.parse(content)
+
+
 def nodes(file: str) -> tuple[ast.AST, ...]:
     """Every node of a parsed file, outer ones first."""
-    return tuple(ast.walk(tree(file)))
+    return walked(tree(file))
+
+
+@lru_cache(maxsize=8)
+def walked(root: ast.Module) -> tuple[ast.AST, ...]:
+    """Every node of a tree, outer ones first."""
+    return tuple(ast.walk(root))
 
 
 def segment(span: Span) -> str:

@@ -298,15 +298,74 @@ class Net(nn.Module):
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_norms_that_one_expression_makes_stay_in_the_file(depth: int, tmp_path: Path) -> None:
+def test_norms_that_one_expression_makes_go_together(depth: int, tmp_path: Path) -> None:
     file = tmp_path / f"rz_norms_{depth}.py"
     file.write_text(NORMS)
     model, x = targets.load(file).Net(depth), torch.randn(2, 4)
     made = rz.convert_source(NORMS, file=str(file), model=model, example_inputs=x)
     assert made.text == rz.convert_source(NORMS, file=str(file)).text
-    assert "alpha * torch.tanh(layer(norm(x)))" in made.text
-    reasons = {norm.reason for site in made.report.plan.converted for norm in site.norms}
-    assert reasons == {"it is held in a list that is not written out"}
+    assert "self.norms = nn.ModuleList([nn.Identity() for _ in range(depth)])" in made.text
+    new = file.with_name(f"rz_norms_{depth}_new.py")
+    new.write_text(made.text)
+    live, twin = rz.convert(model, x), targets.load(new).Net(depth)
+    for _, gate in rz.alphas(live):
+        torch.nn.init.uniform_(gate, 0.5, 1.5)
+    twin.load_state_dict(live.state_dict())
+    assert not torch.equal(live(x), model(x))
+    assert torch.allclose(live(x), twin(x))
+
+
+STAYS = (
+    ("        return x", "        return x * self.norms[0].weight", "its list is also used at FILE:14"),
+    ("        return x", "        return x * norm.eps", "its list is also used at FILE:14"),
+    ("zip(self.norms, self.layers)", "zip(*map(list, (self.norms, self.layers)))", "its list is also used at FILE:12"),
+    ("for _ in range(depth)])\n\n", "for _ in range(depth)])\n        self.norms.append(nn.Linear(4, 4))\n\n", ""),
+)
+
+
+@pytest.mark.parametrize(("old", "new", "reason"), STAYS)
+def test_norms_of_a_list_with_another_use_stay(old: str, new: str, reason: str) -> None:
+    text = NORMS.replace(old, new)
+    assert text != NORMS
+    made = rz.convert_source(text, file="FILE")
+    assert "nn.LayerNorm(4) for _ in range(depth)" in made.text
+    assert "nn.Identity" not in made.text
+    norms = [norm for site in made.report.plan.converted for norm in site.norms]
+    assert all((norm.action, norm.reason) == ("keep", reason) for norm in norms if reason)
+
+
+DERIVED = """\
+import torch
+from torch import nn
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.other = nn.LayerNorm(4), nn.LayerNorm(4)
+        self.norm.bias = None
+        self.fc, self.out = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = x + torch.tanh(self.fc(self.norm(x)))
+        return x + torch.tanh(self.out(self.other(x)))
+
+
+class Derived(Block):
+    def forward(self, x):
+        x = x + torch.tanh(self.fc(self.norm(x)))
+        return torch.tanh(self.out(self.other(x)))
+"""
+
+
+def test_a_norm_that_a_derived_class_needs_stays_and_the_blocks_are_gated() -> None:
+    made = rz.convert_source(DERIVED, file="FILE")
+    assert "x = x + self.alpha_fc * torch.tanh(self.fc(x))" in made.text
+    assert "return x + self.alpha_out * torch.tanh(self.out(self.other(x)))" in made.text
+    assert "self.other = nn.LayerNorm(4)" in made.text
+    assert "self.norm" not in made.text  # with what was set on it
+    kept = [norm for site in made.report.plan.converted for norm in site.norms if norm.action == "keep"]
+    assert [(norm.path, norm.reason) for norm in kept] == [("other", "it is still read at FILE:20")]
 
 
 CONDITIONAL = """\

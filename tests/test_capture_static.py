@@ -587,3 +587,43 @@ def test_torch_objects_are_the_real_ones() -> None:
     """)
     assert named(trace, torch.nn.functional.softmax)
     assert named(trace, torch.matmul)
+
+
+def test_what_is_a_tensor_or_a_tuple_is_followed_as_what_is_called_on_it() -> None:
+    trace = capture("""
+        def scan(x, state):
+            return x if not state else (x, x * 2)
+
+        class M(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.fc = nn.Linear(4, 4)
+            def forward(self, x, cache=None):
+                out = scan(self.fc(x), cache is not None)
+                if cache is not None:
+                    y, last = out
+                else:
+                    y = out
+                return x + y.transpose(1, 2)
+    """)
+    (add,) = adds_of(trace)
+    (fc,) = (node for node in trace.graph.nodes if node.op == "call_module")
+    above = [add]
+    for node in above:
+        above += [one for one in node.all_input_nodes if one not in above]
+    assert fc in above
+
+
+def test_a_tuple_and_what_follows_it_are_no_sum() -> None:
+    trace = capture("""
+        class M(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.fc = nn.Linear(4, 4)
+            def forward(self, x, more):
+                found = self.fc(x)
+                outputs = (x,) + more[1:]
+                return outputs[0] + found
+    """)
+    (add,) = adds_of(trace)
+    assert [node.op for node in add.args] == ["placeholder", "call_module"]

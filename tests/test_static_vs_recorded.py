@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sweep import static_vs_recorded as compare
 from sweep.record import Record
+
+from rezero_convert.plan import Gate, Place, Plan, Site, Span
 
 FILE = "timm/models/levit.py"
 
@@ -41,6 +44,42 @@ def test_spans_are_told_apart() -> None:
         ("not found", "a.py:gone"), ("RZ915", "a.py:left"),
     ]  # fmt: skip
     assert (found.precision, found.recall) == (1 / 3, 1 / 3)
+
+
+def test_an_arm_that_no_run_took_is_not_wrong() -> None:
+    static = text(taken=said("rewritten"), other=said("rewritten"))
+    runs = [spans("one", taken=said("rewritten"))]
+    assert len(compare.compared([static, *runs], "timm").wrong) == 1
+    static.found["apart"] = {"other": ["taken"]}
+    found = compare.compared([static, *runs], "timm")
+    assert (found.wrong, found.unseen) == ((), 1)
+
+
+def test_an_add_that_is_gated_for_some_instances_only_is_left_by_a_run() -> None:
+    place = Place("0", "A.forward", compare._installed(FILE).as_posix(), 1)
+    gates = (Gate(None, "alpha", "", ""),)
+    one = Site("converted", "RZ101", "", "0", "A", place, Span(place.file, 2, 3, 4, 5), gates=gates)
+    other = replace(one, path="1", verdict="interior", code="RZ131")
+    found = compare._by_file(Plan((one, other)))
+    assert [sites["2:3:4:5"][:2] for sites in found.values()] == [["refused", "RZ917"]]
+    assert compare._by_file(Plan((one,)))[FILE]["2:3:4:5"][0] == "rewritten"
+
+
+def test_no_more_models_run_once_every_add_was_come_to(monkeypatch: Any) -> None:
+    one = text(a=said("rewritten"), b=said("refused"))
+    assert not compare.covered([one, spans("one", a=said("rewritten"), b=said("not-executed"))], "timm", "a.py")
+    runs = [spans("one", a=said("rewritten")), spans("two", b=said("refused"))]
+    assert compare.covered([one, *runs], "timm", "a.py")
+    assert not compare.covered(runs, "timm", "a.py")  # its text was not read
+    monkeypatch.setattr(compare, "files", lambda zoo: ["a.py"])
+    monkeypatch.setattr(compare, "models", lambda zoo, each: {"a.py": ["one", "two", "three"]})
+    options = compare._parser().parse_args(["--zoo", "timm", "--kind", "text", "--kind", "spans"])
+    done: dict[tuple[str, str, str], Record] = {}
+    asked = []
+    for task in compare._tasks(options, done):
+        asked.append(task[1])
+        done[task] = {"a.py": one, "one": runs[0], "two": runs[1]}[task[1]]
+    assert asked == ["a.py", "one", "two"]
 
 
 def test_what_no_text_was_read_of_is_not_compared() -> None:

@@ -37,6 +37,23 @@ def test_a_crash_and_a_hang_are_failures_and_the_rest_goes_on(tmp_path: Path) ->
     assert records["hang"].reasons == ("timeout: 20 s",)
 
 
+_PREPARED: list[str] = []
+
+
+def prepare() -> None:
+    _PREPARED.append("once")
+
+
+def prepared(zoo: str, name: str, kind: Kind) -> Record:
+    return Record(zoo, name, kind, "ok", tuple(_PREPARED))
+
+
+def test_a_process_is_prepared_once_for_all_its_tasks(tmp_path: Path) -> None:
+    tasks: list[pool.Task] = [("x", "one", "text"), ("x", "two", "text")]
+    records = pool.run(tasks, prepared, 1, 60, 16, tmp_path / "log", prepare)
+    assert [one.reasons for one in records] == [("once",), ("once",)]
+
+
 def _accounts(model: nn.Module, converted: nn.Module) -> list[str]:
     before = {key: value.clone() for key, value in model.state_dict().items()}
     plan = modules.record(converted)

@@ -46,7 +46,7 @@ def text_of(module: fx.GraphModule) -> Text:
 
 
 def _statements(file: str, named: dict[str, fx.Node]) -> Iterator[tuple[int, fx.Node]]:
-    for statement in ast.walk(sources.tree(file)):
+    for statement in sources.nodes(file):
         if isinstance(statement, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
             targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
             target = targets[0]

@@ -161,7 +161,7 @@ def adds(file: str, where: Place | ast.AST) -> tuple[Span, ...]:
         return ()
     spans = [
         sources.span_of(file, part)
-        for part in ast.walk(node)
+        for part in (sources.walked(node) if isinstance(node, ast.Module) else ast.walk(node))
         if isinstance(part, (ast.BinOp, ast.AugAssign, ast.Call)) and _adds(part, file)
     ]
     return tuple(sorted(spans))

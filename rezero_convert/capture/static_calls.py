@@ -135,12 +135,19 @@ def _call_attribute(base: Value, func: ast.Attribute, arguments: Arguments, at: 
         key = arguments.args[0]
         if not (isinstance(key, Const) and key.value in base.items):
             return _method_of_structure(rest, name, arguments, at, scope)
+    if isinstance(base, Tup) and base.items and isinstance(base.items[0], fx.Node) and _is_of_tensors(name):
+        return _call_attribute(base.items[0], func, arguments, at, scope)
     if isinstance(base, (Tup, Table)):
         result = builtins.container_method(base, name, arguments.args, scope, at)
         return result if result is not None else DATA
     if isinstance(base, Module):
         return base if builtins.is_module_method(name) else UNKNOWN
     return apply(attribute(base, name, func, scope), arguments, at, scope)
+
+
+def _is_of_tensors(method: str) -> bool:
+    """Whether tensors have a method and tuples do not: what has it is no tuple, where a function returns either."""
+    return hasattr(torch.Tensor, method) and not hasattr(list, method) and not hasattr(tuple, method)
 
 
 def _method_of_structure(base: fx.Node, name: str, arguments: Arguments, at: ast.Call, scope: Scope) -> Value:

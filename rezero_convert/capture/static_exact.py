@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import builtins
 import operator
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -51,12 +52,11 @@ _QUESTIONS: tuple[Callable[[], Any], ...] = (
     torch.jit._trace.is_tracing,
     torch.compiler.is_compiling,
     torch.compiler.is_dynamo_compiling,
-    torch.onnx.is_in_onnx_export,
     torch.is_autocast_enabled,
     torch.are_deterministic_algorithms_enabled,
     torch.backends.mha.get_fastpath_enabled,
 )
-"""What torch answers about the process by itself."""
+"""What torch answers about the process by itself, without `torch.onnx`, which is loaded when it is asked for."""
 
 _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq,
@@ -205,7 +205,8 @@ def known_of_tensor(node: fx.Node, name: str) -> Value:
 
 def answer(target: Any, arguments: Arguments) -> Value | None:
     """What a function of torch or of the standard library returns, if it is a question or arithmetic on numbers."""
-    if any(target is question for question in _QUESTIONS) and not arguments.args:
+    onnx = getattr(sys.modules.get("torch.onnx"), "is_in_onnx_export", None)
+    if any(target is question for question in (*_QUESTIONS, onnx)) and not arguments.args:
         return Const(target())
     if getattr(target, "__module__", None) in ("math", "_operator") and not arguments.kwargs:
         return _applied(target, arguments)

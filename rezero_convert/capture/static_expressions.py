@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import fx
 
+from .. import sources
 from . import static_builtins as builtins
 from .static_access import assign, attribute, iterate, subscript, top_level
 from .static_core import evaluate, of_target
@@ -136,16 +137,22 @@ def _of_lists(op: ast.operator, left: Value, right: Value, at: ast.expr | ast.Au
                 return value
         if isinstance(written, (ast.Tuple, ast.List)):  # the left side is some list we know nothing of
             return right
+        if isinstance(left, Tup) and isinstance(at, ast.BinOp) and isinstance(at.left, (ast.Tuple, ast.List)):
+            return Tup((*left.items, UNKNOWN), False, left.builtin)  # a list of which the rest is not known
         if isinstance(left, Tup) and not any(nodes_of(left)) and not isinstance(right, fx.Node):
             return Tup((*left.items, UNKNOWN), False, left.builtin)
-    if isinstance(op, ast.Mult):
-        for value, other in ((left, right), (right, left)):
-            if isinstance(value, Tup) and not isinstance(other, fx.Node):
-                if scope.state.exact and isinstance(other, Const) and isinstance(other.value, int):
-                    return Tup(value.items * min(other.value, scope.state.limits.elements), value.exact, value.builtin)
-                return Tup(value.items[:1], False, value.builtin) if value.items else value
-            if isinstance(value, Module) and value.role == "buffer":
-                return value
+    return _repeated(left, right, scope) if isinstance(op, ast.Mult) else None
+
+
+def _repeated(left: Value, right: Value, scope: Scope) -> Value | None:
+    """`list * number`; None for arithmetic."""
+    for value, other in ((left, right), (right, left)):
+        if isinstance(value, Tup) and not isinstance(other, fx.Node):
+            if scope.state.exact and isinstance(other, Const) and isinstance(other.value, int):
+                return Tup(value.items * min(other.value, scope.state.limits.elements), value.exact, value.builtin)
+            return Tup(value.items[:1], False, value.builtin) if value.items else value
+        if isinstance(value, Module) and value.role == "buffer":
+            return value
     return None
 
 
@@ -349,8 +356,13 @@ def _data(node: ast.JoinedStr | ast.FormattedValue, scope: Scope) -> Value:
 
 def evaluate_test(node: ast.expr, scope: Scope) -> None:
     """Bind what a condition binds. Its operations are no data flow and make no nodes."""
-    if not scope.state.exact and any(isinstance(part, ast.NamedExpr) for part in ast.walk(node)):
+    if not scope.state.exact and _binds(node):
         evaluate(node, scope)
+
+
+@sources.cached
+def _binds(node: ast.expr) -> bool:
+    return any(isinstance(part, ast.NamedExpr) for part in ast.walk(node))
 
 
 def truth(node: ast.expr, scope: Scope) -> bool | None:

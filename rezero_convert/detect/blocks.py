@@ -175,11 +175,23 @@ def _refusal(flow: Flow, whole: Sum, refusals: list[Refusal]) -> Refusal:
         return Refusal(whole, "RZ920", f"{what} comes from a computation that is no torch call, perhaps of the skip")
     if refusals:
         return max(refusals, key=lambda refusal: refusal.interest)
+    if any(_is_skip_at_times(flow, whole, term) for term in whole.terms):
+        return Refusal(whole, "RZ915", "a skip in one arm of a condition only: pass --model and --inputs")
     return Refusal(whole, "RZ901", f"the operands are independent: {_beside_each_other(flow, whole)}")
 
 
 def _from_unseen(flow: Flow, value: int) -> bool:
     return any(flow.facts[node].kind == "unseen" and flow.reads(value, node) for node in range(value + 1))
+
+
+def _is_skip_at_times(flow: Flow, whole: Sum, term: Term) -> bool:
+    """Whether a term is, in an arm of a condition, what all others are computed from by weights."""
+    others = [other.value for other in whole.terms if other is not term]
+    return flow.name(term.value) == "choice" and any(
+        all(flow.reaches(value, arm) and arm not in _arms(flow, value) for value in others)
+        and all(any(has_weight(flow, node) for node in flow.region(arm, value)[1:]) for value in others)
+        for arm in _arms(flow, term.value)
+    )
 
 
 def _beside_each_other(flow: Flow, whole: Sum) -> str:

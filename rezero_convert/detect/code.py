@@ -206,7 +206,7 @@ def element(file: str, variable: str, key: Any) -> str:
 @sources.cached
 def _elements(file: str) -> dict[tuple[str, Any], str]:
     found: dict[tuple[str, Any], str] = {}
-    for node in ast.walk(sources.tree(file)):
+    for node in sources.nodes(file):
         match node:
             case ast.Assign([ast.Name(name)], ast.Subscript(ast.Name(variable), ast.Constant(key))):
                 found[variable, key] = name
@@ -216,7 +216,7 @@ def _elements(file: str) -> dict[tuple[str, Any], str]:
 @sources.cached
 def _targets(file: str) -> dict[int, str]:
     found: dict[int, str] = {}
-    for node in ast.walk(sources.tree(file)):
+    for node in sources.nodes(file):
         if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
             name = node.targets[0] if isinstance(node, ast.Assign) else node.target
             if isinstance(name, ast.Name):
@@ -395,7 +395,7 @@ def zeroed(file: str) -> frozenset[str]:
     "norm.weight" for `m.norm.weight`, "gate.1.bias" for `m.gate[1].bias`, "gate.*.bias" for `m.gate[-1].bias`.
     """
     found = set()
-    for node in ast.walk(sources.tree(file)):
+    for node in sources.nodes(file):
         if isinstance(node, ast.Call) and _initialises(node) and _fills_zero(node):
             target: ast.AST | None = node.args[0] if node.args else None
             if not isinstance(_attached(target), ast.Attribute):

@@ -363,7 +363,7 @@ def _missing_import(source: Source) -> Edit:
 
 def indent_unit(source: Source, cls: ast.ClassDef) -> str:
     """One level of indentation, as this file has it."""
-    for stmt in ast.walk(source.tree):
+    for stmt in source.nodes:
         if isinstance(stmt, (ast.FunctionDef, ast.ClassDef)) and stmt.body[0].lineno > stmt.lineno:
             outer, inner = source.indent(stmt.lineno), source.indent(stmt.body[0].lineno)
             if inner.startswith(outer) and inner != outer:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ..errors import ConversionError
 from ..plan import Gate, Norm, Operand, Plan, Repair, Site, Span
 from .classes import attribute_chain, last_name, nested_suites
+from .norms import NormStays
 from .splice import Function, Source, class_at
 
 
@@ -21,8 +22,10 @@ class Jobs:
     existing: tuple[tuple[int, Gate], ...]
     arms: tuple[tuple[int, str], ...]
     """Attributes that a branch with a conditional LayerScale calls."""
-    dropped: tuple[tuple[int, str], ...]
-    slots: tuple[tuple[int, str], ...]
+    dropped: tuple[tuple[int, str, frozenset[Span]], ...]
+    """A norm's attribute, and its calls, which go."""
+    slots: tuple[tuple[int, str, frozenset[Span]], ...]
+    """The path of a norm in a container, and its calls, which stay and do nothing."""
     biases: tuple[tuple[int, str], ...]
     repairs: tuple[tuple[int, str, str, bool], ...]
     """Parameter, how, and whether it certainly starts at zero."""
@@ -34,8 +37,8 @@ def collect(source: Source, plan: Plan, file: str) -> Jobs:
     gates: dict[tuple[int, str], tuple[Gate, bool]] = {}
     existing: dict[tuple[int, str], Gate] = {}
     arms: dict[tuple[int, str], None] = {}
-    dropped: dict[tuple[int, str], None] = {}
-    slots: dict[tuple[int, str], None] = {}
+    dropped: dict[tuple[int, str], set[Span]] = {}
+    slots: dict[tuple[int, str], set[Span]] = {}
     biases: dict[tuple[int, str], None] = {}
     repairs: dict[tuple[int, str, str], bool] = {}
     starts: dict[tuple[int, str], tuple[str, float]] = {}
@@ -66,8 +69,8 @@ def collect(source: Source, plan: Plan, file: str) -> Jobs:
         tuple((index, gate, bound) for (index, _), (gate, bound) in gates.items()),
         tuple((index, gate) for (index, _), gate in existing.items()),
         tuple(arms),
-        tuple(dropped),
-        tuple(slots),
+        tuple((*key, frozenset(calls)) for key, calls in dropped.items()),
+        tuple((*key, frozenset(calls)) for key, calls in slots.items()),
         tuple(biases),
         tuple((*key, certain) for key, certain in repairs.items()),
         tuple((*key, *how) for key, how in starts.items()),
@@ -114,22 +117,22 @@ def _norm_jobs(
     source: Source,
     site: Site,
     norm: Norm,
-    dropped: dict[tuple[int, str], None],
-    slots: dict[tuple[int, str], None],
+    dropped: dict[tuple[int, str], set[Span]],
+    slots: dict[tuple[int, str], set[Span]],
     biases: dict[tuple[int, str], None],
 ) -> None:
     if norm.action == "keep" or not norm.path:
         return
     if _file_of(site, norm) != source.file:
         return
+    calls = {norm.at.span} if norm.at is not None else set()
     if norm.action == "bypass" and norm.at is not None and norm.attribute:
-        dropped[_owner(source, norm.at.span, f"the call of {norm.attribute}"), norm.attribute] = None
+        key = _owner(source, norm.at.span, f"the call of {norm.attribute}"), norm.attribute
+        dropped.setdefault(key, set()).update(calls)
     elif norm.action == "slot":
-        slots[_instance_class(source, site, norm.path), _relative(site, norm.path)] = None
+        slots.setdefault((_instance_class(source, site, norm.path), _relative(site, norm.path)), set()).update(calls)
     elif norm.action == "unfuse":
-        raise ConversionError(
-            f"{site.span}: {norm.path} ({norm.type}) also applies an activation; take it apart by hand"
-        )
+        raise NormStays(f"{norm.type} also applies an activation: take it apart by hand", calls)
     if norm.bias:
         biases[_instance_class(source, site, norm.bias), _relative(site, norm.bias)] = None
 
@@ -209,7 +212,7 @@ def _called(source: Source, at: Operand) -> list[str]:
     """Attributes of `self` that the operand's expression calls."""
     start, end = (at.span.line, at.span.col), (at.span.end_line, at.span.end_col)
     found = []
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         if isinstance(node, ast.Call) and start <= (node.lineno, node.col_offset):
             chain = attribute_chain(node.func)
             if chain is not None and len(chain) == 2 and (node.end_lineno or 0, node.end_col_offset or 0) <= end:
@@ -227,7 +230,7 @@ def _evaluated_before(source: Source, gate: Gate) -> bool:
     def holds(node: ast.stmt) -> bool:
         return (node.lineno, node.col_offset) <= start and end <= (node.end_lineno or 0, node.end_col_offset or 0)
 
-    function = next((f for f in ast.walk(source.tree) if isinstance(f, Function) and holds(f)), None)
+    function = next((f for f in source.nodes if isinstance(f, Function) and holds(f)), None)
     if function is None or not function.args.args:
         return False
     chain = (function.args.args[0].arg, gate.child.partition(".")[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from .classes import self_name
 from .splice import Function, Source, statements
@@ -11,8 +11,9 @@ from .splice import Function, Source, statements
 
 def leftovers(before: Source, now: Source) -> list[str]:
     """Imports, arguments, variables and definitions that nothing uses any more because of the edits."""
-    old, new = _unused(before), _unused(now)
-    known = {name for name, _ in _all_functions(before)}
+    known = {name: before.segment(function) for name, function in _all_functions(before)}
+    changed = {name for name, function in _all_functions(now) if known.get(name) != now.segment(function)}
+    old, new = _unused(before, changed), _unused(now, changed)
     return [
         f"{now.file}:{line}: {what} {'is' if not what.endswith('s') else 'are'} not used any more"
         for key, (line, what) in sorted(new.items(), key=lambda item: item[1])
@@ -20,7 +21,8 @@ def leftovers(before: Source, now: Source) -> list[str]:
     ]
 
 
-def _unused(source: Source) -> dict[tuple[str, str, str], tuple[int, str]]:
+def _unused(source: Source, functions: Collection[str]) -> dict[tuple[str, str, str], tuple[int, str]]:
+    """What is not used in a file, and in some of its functions, with line and description."""
     loads = {n.id for n in source.nodes if isinstance(n, ast.Name) and isinstance(n.ctx, (ast.Load, ast.Del))}
     loads |= {
         str(n.value)
@@ -37,7 +39,7 @@ def _unused(source: Source) -> dict[tuple[str, str, str], tuple[int, str]]:
         elif isinstance(stmt, (ast.FunctionDef, ast.ClassDef)) and stmt.name not in loads:
             kind = "class" if isinstance(stmt, ast.ClassDef) else "function"
             found["definition", "", stmt.name] = (stmt.lineno, f"{kind} `{stmt.name}`")
-    for owner, function in _all_functions(source):
+    for owner, function in (item for item in _all_functions(source) if item[0] in functions):
         names = [node for node in ast.walk(function) if isinstance(node, ast.Name)]
         read = {node.id for node in names if isinstance(node.ctx, (ast.Load, ast.Del))}
         arguments = function.args
@@ -61,7 +63,7 @@ def _all_functions(source: Source) -> Iterable[tuple[str, Function]]:
                 yield from visit(child, f"{prefix}{child.name}.")
             elif isinstance(child, ast.ClassDef):
                 yield from visit(child, f"{prefix}{child.name}.")
-            else:
+            elif isinstance(child, (ast.stmt, ast.ExceptHandler, ast.match_case)):
                 yield from visit(child, prefix)
 
     return visit(source.tree, "")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
 
 from ..errors import ConversionError
+from ..plan import Span
 from .classes import (
+    Made,
     Names,
     assigned_values,
     attribute_chain,
@@ -26,11 +29,30 @@ from .gates import refilled
 from .splice import Edit, Function, Source, after, insert, statements
 
 
+class NormStays(ConversionError):
+    """A norm that was to go cannot, says the message; the rest of the plan can be carried out with it at its place."""
+
+    def __init__(self, message: str, calls: Collection[Span]) -> None:
+        super().__init__(message)
+        self.calls = frozenset(calls)
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """An attribute of some classes, as a path on `self`, that nothing may read any more."""
+
+    family: list[ast.ClassDef]
+    chain: tuple[str, ...]
+    calls: frozenset[Span]
+    """The calls of the norm, which the plan takes out."""
+
+
 def drop(
     source: Source,
     cls: ast.ClassDef,
     path: str,
-    reads: list[tuple[list[ast.ClassDef], tuple[str, ...]]],
+    calls: frozenset[Span],
+    reads: list[Gone],
     unmade: dict[ast.stmt, list[tuple[str, str]]],
 ) -> tuple[set[ast.stmt], list[str]]:
     """Statements that go with a norm that is not called any more, and remarks.
@@ -48,19 +70,28 @@ def drop(
     leaves: set[ast.stmt] = set()
     families = [related(source, made_in) for made_in in dict.fromkeys(item.host for item in made)]
     for family in families:
-        reads.append((family, (attribute,)))
+        reads.append(Gone(family, (attribute,), calls))
         for member in family:
             for function in methods_of(member):
                 for stmt in statements(function.body):
-                    if assigned_values(stmt, self_name(function), attribute):
-                        unmade.setdefault(stmt, []).append((self_name(function), attribute))
+                    own = (self_name(function), attribute)
+                    if assigned_values(stmt, *own):
+                        unmade.setdefault(stmt, []).append(own)
+                    elif isinstance(stmt, ast.Assign) and all(_is_below(target, own) for target in stmt.targets):
+                        leaves.add(stmt)  # self.norm.bias = None
             leaves |= {
                 s for s in member.body if isinstance(s, ast.AnnAssign) and attribute_chain(s.target) == (attribute,)
             }
         leaves |= {call.stmt for call in init_calls(source, family, attribute)}
     if above:
-        reads.append((related(source, cls), (*above, attribute)))
+        reads.append(Gone(related(source, cls), (*above, attribute), calls))
     return leaves, []
+
+
+def _is_below(node: ast.expr, chain: tuple[str, ...]) -> bool:
+    """Whether an expression is an attribute of what is at a path, or further down."""
+    found = attribute_chain(node) or ()
+    return len(found) > len(chain) and found[: len(chain)] == chain
 
 
 def _classes_at(source: Source, cls: ast.ClassDef, parts: list[str]) -> list[ast.ClassDef]:
@@ -98,14 +129,15 @@ def unassigned(source: Source, stmt: ast.stmt, gone: Collection[tuple[str, str]]
     return Edit(start, end, f"{', '.join(a for a, _ in left)} = {', '.join(b for _, b in left)}") if left else None
 
 
-def check_reads(source: Source, family: list[ast.ClassDef], chain: tuple[str, ...], gone: set[ast.stmt]) -> None:
+def check_reads(source: Source, norm: Gone, gone: set[ast.stmt]) -> None:
     """See that an attribute that goes is not read outside of what goes with it.
 
     Raises:
-        ConversionError: it is; the message says where.
+        NormStays: it is; the message says where.
     """
+    chain = norm.chain
     left_out = {id(node) for stmt in gone for node in ast.walk(stmt)}
-    for cls in family:
+    for cls in norm.family:
         for function in methods_of(cls):
             for node in ast.walk(function):
                 if id(node) in left_out:
@@ -118,34 +150,96 @@ def check_reads(source: Source, family: list[ast.ClassDef], chain: tuple[str, ..
                     and (literal(node.args[1]),) == chain
                 )
                 if (read and attribute_chain(node) == (self_name(function), *chain)) or named:
-                    where = f"{source.file}:{getattr(node, 'lineno', cls.lineno)}"
-                    raise ConversionError(
-                        f"{where}: {'.'.join(chain)} of {cls.name} is still read here; its norm must stay"
-                    )
+                    line = getattr(node, "lineno", cls.lineno)
+                    raise NormStays(f"it is still read at {source.file}:{line}", norm.calls)
 
 
-def slot_edits(source: Source, cls: ast.ClassDef, path: str, names: Names) -> list[Edit]:
-    """The element at `path` becomes an identity."""
+def slot_edits(source: Source, cls: ast.ClassDef, path: str, calls: frozenset[Span], names: Names) -> list[Edit]:
+    """The element at `path` becomes an identity, or what makes all elements of a list.
+
+    Raises:
+        NormStays: its text is not found.
+    """
     edits = []
-    for host, value, made in resolve(source, cls, path.split(".")):
+    for host, value, made in _slots(source, cls, path) or _elements_of(source, cls, path):
         if host not in related(source, cls):
-            _check_only_user(source, host, cls, path)
+            _check_only_user(source, host, cls, calls)
         where = made.value if made is not None else value
         edits.append(Edit(*source.span(where), f"{names.nn}.Identity()"))
     if not edits:
-        raise ConversionError(
-            f"{source.file}:{cls.lineno}: {path} of {cls.name} is not a literal element of a container here"
-        )
+        raise NormStays("it is held in a list that is not written out", calls)
     return edits
 
 
-def _check_only_user(source: Source, host: ast.ClassDef, user: ast.ClassDef, path: str) -> None:
-    inside = {id(node) for cls in (host, *related(source, user)) for node in ast.walk(cls)}
-    for node in ast.walk(source.tree):
-        if isinstance(node, ast.Name) and node.id == host.name and id(node) not in inside:
-            raise ConversionError(
-                f"{source.file}:{node.lineno}: {host.name} is used here too; {path} of {user.name} cannot go alone"
+def _slots(source: Source, cls: ast.ClassDef, path: str) -> list[tuple[ast.ClassDef, ast.expr, Made | None]]:
+    return resolve(source, cls, path.split(".")) if "*" not in path else []
+
+
+def _elements_of(source: Source, cls: ast.ClassDef, path: str) -> list[tuple[ast.ClassDef, ast.expr, Made | None]]:
+    """What makes the elements of a list of the class's own, if it makes all of them alike."""
+    attribute, *below = path.split(".")
+    found = (
+        resolve(source, cls, [attribute, "*"]) if len(below) == 1 and (below[0] == "*" or below[0].isdigit()) else []
+    )
+    made = {source.segment(value.func) for _, value, _ in found if isinstance(value, ast.Call)}
+    return found if len(made) == 1 else []
+
+
+def check_lists(source: Source, slots: Iterable[tuple[int, str, frozenset[Span]]]) -> None:
+    """See that the elements of lists that go together have no use but calls that the plan takes out.
+
+    Args:
+        source: the text as it was.
+        slots: class, path below it, calls.
+
+    Raises:
+        NormStays: one has.
+    """
+    slots = tuple(slots)
+    for index, path, calls in slots:
+        cls, attribute = source.classes[index], path.partition(".")[0]
+        if _slots(source, cls, path) or not _elements_of(source, cls, path):
+            continue
+        taken = {span for number, other, spans in slots if (number, other.partition(".")[0]) == (index, attribute)
+                 for span in spans}  # fmt: skip
+        ends = {(span.end_line, span.end_col) for span in taken}
+        for function in (function for member in related(source, cls) for function in methods_of(member)):
+            other = _other_use(function, attribute, ends)
+            if other is not None:
+                raise NormStays(f"its list is also used at {source.file}:{other.lineno}", calls)
+
+
+_WALKS = ("zip", "enumerate", "reversed")
+
+
+def _other_use(function: Function, attribute: str, ends: Collection[tuple[int | None, int | None]]) -> ast.expr | None:
+    """A use of a list of modules or of its elements that is neither a call with one of these ends nor a walk to one."""
+    nodes = list(ast.walk(function))
+    above = {child: node for node in nodes for child in ast.iter_child_nodes(node)}
+    callees = {n.func for n in nodes if isinstance(n, ast.Call) and (n.end_lineno, n.end_col_offset) in ends}
+    names = {callee.id for callee in callees if isinstance(callee, ast.Name)}
+    for node in nodes:
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in names:
+            if node not in callees:
+                return node
+        elif isinstance(node, ast.Attribute) and attribute_chain(node) == (self_name(function), attribute):
+            holder = above[node]
+            use, holder = (holder, above[holder]) if isinstance(holder, ast.Subscript) else (node, holder)
+            counted = isinstance(holder, ast.Call) and last_name(holder.func) == "len"
+            built = isinstance(node.ctx, ast.Store) or (isinstance(holder, ast.Attribute) and holder.attr == "append")
+            walked = isinstance(holder, (ast.For, ast.comprehension)) or (
+                isinstance(holder, ast.Call) and last_name(holder.func) in _WALKS
             )
+            if not (use in callees or counted or built or (walked and names)):
+                return node
+    return None
+
+
+def _check_only_user(source: Source, host: ast.ClassDef, user: ast.ClassDef, calls: frozenset[Span]) -> None:
+    inside = {id(node) for cls in (host, *related(source, user)) for node in ast.walk(cls)}
+    for node in source.nodes:
+        if isinstance(node, ast.Name) and node.id == host.name and id(node) not in inside:
+            raise NormStays(f"{host.name}, which holds it, is also used at {source.file}:{node.lineno}", calls)
 
 
 def bias_edits(source: Source, cls: ast.ClassDef, path: str, names: Names) -> list[Edit]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 import difflib
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ from .classes import spelling
 from .gates import arm_edits, existing_edits
 from .jobs import Jobs, check_agreement, collect, elsewhere, undecided
 from .leftovers import leftovers
-from .norms import bias_edits, check_reads, drop, repair, slot_edits, unassigned
+from .norms import Gone, bias_edits, check_lists, check_reads, drop, repair, slot_edits, unassigned
 from .pretrained import pretrained_edits
 from .splice import Edit, Source, apply, parse, remove
 from .starts import start_edits
@@ -39,7 +38,7 @@ def rewrite(text: str, plan: Plan, file: str) -> Rewritten:
     """`text`, the content of `file`, with the plan's converted sites of that file carried out.
 
     Everything that is not edited stays as it is: line ends, byte order mark, comments, a missing last line end. A file
-    for which nothing is converted comes back identical. The result parses and compiles.
+    for which nothing is converted comes back identical. The result parses.
 
     Raises:
         ConversionError: the text does not parse, the plan asks for what cannot be written, or the instances of one
@@ -50,6 +49,7 @@ def rewrite(text: str, plan: Plan, file: str) -> Rewritten:
     original = parse(body, file)
     check_agreement(plan, file)
     jobs = collect(original, plan, file)
+    check_lists(original, jobs.slots)
     edited = _edit_bodies(original, plan)
     if edited == body and jobs == Jobs((), (), (), (), (), (), ()):
         return Rewritten(text)
@@ -61,9 +61,6 @@ def rewrite(text: str, plan: Plan, file: str) -> Rewritten:
     if not body.endswith("\n") and result.endswith("\n"):
         result = result[:-1]
     new = parse(result, file)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        compile(result, file, "exec")
     notes += leftovers(original, new) + undecided(plan, file) + elsewhere(plan, file)
     return Rewritten(mark + _with_line_ends(text[len(mark) :], body, result), tuple(dict.fromkeys(notes)))
 
@@ -102,15 +99,15 @@ def _class_edits(source: Source, jobs: Jobs) -> tuple[list[Edit], list[str]]:
             edits += existing_edits(source, source.classes[index], gate.alpha, gate.init, names)
     for index, attribute in jobs.arms:
         edits += arm_edits(source, source.classes[index], attribute, names)
-    for index, path in jobs.slots:
-        edits += slot_edits(source, source.classes[index], path, names)
+    for index, path, calls in jobs.slots:
+        edits += slot_edits(source, source.classes[index], path, calls, names)
     for index, path in jobs.biases:
         edits += bias_edits(source, source.classes[index], path, names)
     leaves: set[ast.stmt] = set()
-    reads: list[tuple[list[ast.ClassDef], tuple[str, ...]]] = []
+    reads: list[Gone] = []
     unmade: dict[ast.stmt, list[tuple[str, str]]] = {}
-    for index, path in jobs.dropped:
-        found, said = drop(source, source.classes[index], path, reads, unmade)
+    for index, path, calls in jobs.dropped:
+        found, said = drop(source, source.classes[index], path, calls, reads, unmade)
         leaves |= found
         notes += said
     for stmt, attributes in unmade.items():
@@ -125,8 +122,8 @@ def _class_edits(source: Source, jobs: Jobs) -> tuple[list[Edit], list[str]]:
         edits += changed
         notes += said if certain else []
     cuts, gone = remove(source, leaves)
-    for family, chain in reads:
-        check_reads(source, family, chain, gone)
+    for one in reads:
+        check_reads(source, one, gone)
     edits += cuts
     edits += pretrained_edits(source, jobs, names)
     if names.missing is not None and any(f"{names.torch}." in edit.text for edit in edits):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ast
 import re
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from .. import sources
 from ..errors import ConversionError
 from ..plan import Span
 
@@ -71,9 +71,7 @@ def parse(text: str, file: str) -> Source:
         ConversionError: it has a syntax error; the message gives file and line.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tree = ast.parse(text)
+        tree = sources.parsed(text, file)
     except (SyntaxError, ValueError) as error:
         line = getattr(error, "lineno", None)
         raise ConversionError(f"{f'{file}:{line}' if line else file}: {getattr(error, 'msg', error)}") from error
@@ -81,7 +79,7 @@ def parse(text: str, file: str) -> Source:
     starts = [0]
     for row in rows:
         starts.append(starts[-1] + len(row))
-    nodes = tuple(ast.walk(tree))
+    nodes = sources.walked(tree)
     classes = sorted((n for n in nodes if isinstance(n, ast.ClassDef)), key=lambda n: (n.lineno, n.col_offset))
     return Source(file, text, rows, tuple(starts[:-1]), tree, nodes, tuple(classes))
 

@@ -43,7 +43,7 @@ def _set_again(source: Source, cls: ast.ClassDef, init: ast.AST, path: str) -> I
     owners = {
         id(node): function for one in source.classes for function in methods_of(one) for node in ast.walk(function)
     }
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         if not isinstance(node, ast.Call):
             continue
         target = set_by(node) or (attribute_chain(node.args[0]) if node.args else None)

@@ -29,17 +29,32 @@ class _Worker:
     started: float
 
 
+def _nothing() -> None:
+    pass
+
+
 def run(
-    tasks: Iterable[Task], work: Callable[..., Record], jobs: int, timeout: float, memory_gb: float, log: Path
+    tasks: Iterable[Task],
+    work: Callable[..., Record],
+    jobs: int,
+    timeout: float,
+    memory_gb: float,
+    log: Path,
+    prepare: Callable[[], object] = _nothing,
 ) -> Iterator[Record]:
-    """What `work` makes of each task, as it comes; one that crashes or hangs comes as a failure."""
+    """What `work` makes of each task, as it comes; one that crashes or hangs comes as a failure.
+
+    Args:
+        tasks: read one by one, as processes become free: they may depend on the records that came before.
+        prepare: called in every new process before its first task, outside of that task's time: imports.
+    """
     waiting = iter(tasks)
     idle: list[tuple[Any, Connection]] = []
     busy: list[_Worker] = []
     try:
         while True:
             while len(busy) < jobs and (task := next(waiting, None)) is not None:
-                process, pipe = idle.pop() if idle else _start(work, memory_gb, log)
+                process, pipe = idle.pop() if idle else _start(work, prepare, memory_gb, log)
                 pipe.send(task)
                 busy.append(_Worker(process, pipe, task, time.monotonic()))
             if not busy:
@@ -69,9 +84,11 @@ def _resident(pid: int) -> int:
         return 0
 
 
-def _start(work: Callable[..., Record], memory_gb: float, log: Path) -> tuple[Any, Connection]:
+def _start(
+    work: Callable[..., Record], prepare: Callable[[], object], memory_gb: float, log: Path
+) -> tuple[Any, Connection]:
     ours, theirs = _SPAWN.Pipe()
-    process = _SPAWN.Process(target=_serve, args=(theirs, work, memory_gb, str(log)), daemon=True)
+    process = _SPAWN.Process(target=_serve, args=(theirs, work, prepare, memory_gb, str(log)), daemon=True)
     process.start()
     theirs.close()
     ours.recv()  # ready: the time of a model does not hold that of the imports
@@ -96,12 +113,15 @@ def _result(worker: _Worker, timeout: float) -> Record | None:
     return Record(*worker.task, "failed", (f"timeout: {timeout:.0f} s",), seconds=took)
 
 
-def _serve(pipe: Connection, work: Callable[..., Record], memory_gb: float, log: str) -> None:
+def _serve(
+    pipe: Connection, work: Callable[..., Record], prepare: Callable[[], object], memory_gb: float, log: str
+) -> None:
     with open(log, "a") as stream:
         for number in (sys.stdout.fileno(), sys.stderr.fileno()):
             os.dup2(stream.fileno(), number)
     limit = int(memory_gb * 2**30)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    prepare()
     pipe.send(None)
     while True:
         try:

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 class Stack(nn.Module):
     def __init__(self, width, depth):
         super().__init__()
-        self.norms = nn.ModuleList([nn.LayerNorm(width) for _ in range(depth)])
+        self.norms = nn.ModuleList([nn.Identity() for _ in range(depth)])
         self.layers = nn.ModuleList([nn.Linear(width, width) for _ in range(depth)])
         self.alpha = nn.ParameterList([nn.Parameter(torch.zeros(1)) for _ in self.layers])
 
