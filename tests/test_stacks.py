@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -54,6 +55,16 @@ def _llama() -> Any:
 @pytest.fixture
 def converted_llama() -> Any:
     return copy.deepcopy(_llama())
+
+
+def test_the_table_in_the_readme_names_tests() -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    section = text.partition("## Training stacks")[2].partition("\n## ")[0]
+    rows = [row for row in section.splitlines() if row.startswith("| ")]
+    named = [re.findall(r"`(test_\w+)`", row) for row in rows[1:]]
+    assert len(named) > 20
+    assert all(named)
+    assert {name for names in named for name in names} <= {name for name in globals() if name.startswith("test_")}
 
 
 # --- two processes ---
@@ -351,6 +362,29 @@ def test_lora_on_a_converted_model(converted_llama: Any, tmp_path: Path) -> None
     merged = model.merge_and_unload()
     torch.testing.assert_close(run(merged), run(loaded))
     assert len(dict(rz.alphas(merged))) == 4
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_gates_go_beside_the_adapter(converted_llama: Any, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj", "down_proj"], r=2)
+    base = copy.deepcopy(converted_llama)
+    model = peft.get_peft_model(converted_llama, config)
+    for _, alpha in rz.alphas(model):
+        alpha.requires_grad_(True)
+    assert rz.validate(model, {"input_ids": IDS}).ok
+    optimizer = torch.optim.Adam([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.1)
+    start = gates(model)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    assert all(one != other for one, other in zip(gates(model), start, strict=True))
+    model.save_pretrained(tmp_path)
+    torch.save(dict(rz.alphas(model)), tmp_path / "alphas.pt")
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path)
+    assert gates(loaded) == start
+    assert not loaded.load_state_dict(torch.load(tmp_path / "alphas.pt"), strict=False).unexpected_keys
+    assert torch.equal(run(loaded), run(model))
+    assert gates(loaded.merge_and_unload()) == gates(model)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

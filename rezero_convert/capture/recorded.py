@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from types import FrameType
 from typing import Any, Literal
 from unittest import mock
@@ -54,7 +55,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *
         ConversionError: the model raises on every kind of tensor (the message gives the last error), or Python runs
             without column information.
     """
-    on_meta = any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    on_meta = any(tensor.is_meta for tensor in chain(model.parameters(), model.buffers()))
     for rung in RUNGS[: 2 if on_meta else 3]:
         try:
             return record_on(rung, model, args, kwargs, training=training)
