@@ -27,6 +27,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
 )
 from torch.func import functional_call, grad, stack_module_state, vmap
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import parametrizations
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
@@ -181,6 +182,25 @@ def test_activation_checkpointing() -> None:
     assert_equal_gradients(by_hand, model)
 
 
+def test_what_a_gate_keeps_for_its_gradient_goes_under_checkpointing() -> None:
+    """Its branch's output: the add alone keeps nothing."""
+
+    def kept(model: Any) -> int:
+        outputs: list[StorageWeakRef] = []
+        for block in model.blocks:
+            for branch in (block.attn, block.mlp):
+                branch.register_forward_hook(lambda _, args, out: outputs.append(StorageWeakRef(out.untyped_storage())))
+        loss = loss_of(model, IDS)
+        assert len(outputs) == 4
+        alive = sum(not output.expired() for output in outputs)
+        loss.backward()
+        return alive
+
+    saving = moved(converted())
+    apply_activation_checkpointing(saving, check_fn=lambda module: isinstance(module, Block))
+    assert (kept(gpt()), kept(moved(converted())), kept(saving)) == (0, 4, 0)
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers 6 is to rename it
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_of_transformers(converted_llama: Any, reentrant: bool) -> None:
@@ -283,6 +303,26 @@ def test_compile_makes_one_graph_for_all_lengths_and_gates() -> None:
 def test_compile_with_inductor() -> None:
     model = moved(converted())
     torch.testing.assert_close(torch.compile(model, fullgraph=True)(IDS), model(IDS))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("name", ["transformer", "resnet"])
+def test_compiled_gates_call_no_kernel_of_their_own_but_the_sum_of_their_gradient(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples" / "benchmarks"))
+    import gate_cost
+
+    forms, x = gate_cost.models(name, layers=1, width=16)
+    number = len(dict(rz.alphas(forms["converted"])))
+    wanted = x.clone().requires_grad_()
+    train = {key: gate_cost.kernels(gate_cost.step(torch.compile(form), wanted)) for key, form in forms.items()}
+    runs = {key: gate_cost.kernels(gate_cost.inference(torch.compile(form), x)) for key, form in forms.items()}
+    assert runs["converted"] == runs["no gate"] > 1
+    assert train["converted"] == train["hand-written"]
+    assert runs["no gate"] < train["no gate"] <= train["converted"] <= train["no gate"] + number
 
 
 def test_export_with_a_dynamic_length() -> None:
