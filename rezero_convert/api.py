@@ -261,16 +261,18 @@ def _source_plan(text: str, file: str, model: nn.Module | None, example_inputs: 
 
 
 def _warn_of_marker(model: nn.Module) -> None:
-    found = marker(model)
-    if found is not None and not restore.is_converted(model):
-        name = type(model).__qualname__
-        warnings.warn(
-            f"the configuration of this {name} is that of a converted model (gates: {found.get('gates')}), and the "
-            f"model is not: weights that were loaded into it run ungated; rezero_convert.from_pretrained({name}, path) "
-            "loads both",
-            UserWarning,
-            stacklevel=3,
-        )
+    for module in model.modules():
+        found = marker(module)
+        if found is not None and not restore.is_converted(module):
+            name = type(module).__qualname__
+            warnings.warn(
+                f"the configuration of this {name} is that of a converted model (gates: {found.get('gates')}), and the "
+                f"model is not: weights that were loaded into it run ungated; rezero_convert.from_pretrained({name}, "
+                "path) loads both",
+                UserWarning,
+                stacklevel=3,
+            )
+            return
 
 
 def _nothing(plan: Plan) -> str:

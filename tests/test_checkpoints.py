@@ -24,6 +24,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    VisionTextDualEncoderModel,
 )
 
 import rezero_convert as rz
@@ -249,6 +250,56 @@ def test_the_plain_class_says_what_it_does_not_know_and_so_does_audit(
     for call in (rz.audit, rz.convert):
         with pytest.warns(UserWarning, match=r"run ungated; rezero_convert.from_pretrained\(GPT2LMHeadModel, path\)"):
             call(plain)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, ids: Tensor) -> Any:
+        return self.body(ids)
+
+
+INSIDE = {  # with a configuration of its own, and sharing that of the model around it
+    "in a module": (lambda: Wrapped(bert()), "body"),
+    "a part of a transformers model": (gpt2, "transformer"),
+    "a part with its own configuration": (
+        lambda: VisionTextDualEncoderModel(vision_model=dino(), text_model=bert()), "text_model",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", INSIDE)
+@pytest.mark.parametrize("folded", [False, True])
+def test_a_model_inside_that_is_saved_alone_is_known_as_converted(name: str, folded: bool, tmp_path: Path) -> None:
+    make, path = INSIDE[name]
+    inputs = {"input_ids": IDS, "pixel_values": torch.ones(2, 3, 16, 16)} if "own" in name else IDS
+    whole = moved(rz.convert(make(), inputs, include="*.1*"))
+    part = (rz.fold(whole, inputs) if folded else whole).get_submodule(path)
+    part.save_pretrained(tmp_path)
+    loaded = rz.from_pretrained(type(make().get_submodule(path)), tmp_path)
+    gates = {key: alpha.item() for key, alpha in whole.get_submodule(path).named_parameters() if "alpha" in key}
+    expected = dict.fromkeys(gates, 1.0) if folded else gates
+    assert {key: alpha.item() for key, alpha in rz.alphas(loaded)} == expected
+    assert len(gates) == 2
+    torch.testing.assert_close(run(loaded), run(whole.get_submodule(path)))
+    plain = type(make().get_submodule(path)).from_pretrained(tmp_path)
+    for model in (plain, Wrapped(plain)):
+        with pytest.warns(
+            UserWarning, match=f"run ungated; rezero_convert.from_pretrained.{type(plain).__name__}, path"
+        ):
+            rz.audit(model, IDS)
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_what_is_undone_has_no_entry_left(name: str) -> None:
+    make, path = INSIDE[name]
+    inputs = {"input_ids": IDS, "pixel_values": torch.ones(2, 3, 16, 16)} if "own" in name else IDS
+    model = rz.convert(make(), inputs, alpha_init="preserve")
+    assert "rezero_convert" in model.get_submodule(path).config.to_dict()
+    back = rz.unconvert(model)
+    assert "rezero_convert" not in back.get_submodule(path).config.to_dict()
 
 
 def test_what_is_not_a_converted_model_is_not_loaded_as_one(tmp_path: Path) -> None:

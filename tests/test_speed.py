@@ -24,6 +24,7 @@ from rezero_convert.rewrite import text
 def _forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memo, "_RESULTS", {})
     monkeypatch.setattr(memo, "_OTHERS", set())
+    monkeypatch.setattr(memo, "_RECIPES", {})
 
 
 @pytest.fixture
@@ -145,6 +146,101 @@ def test_a_result_that_is_made_again_is_like_the_computed_one(channels_last: boo
     assert same(first, computed)
     assert same(again, computed)
     assert again.untyped_storage()._cdata != first.untyped_storage()._cdata
+
+
+def relations(result: Any, tensors: list[Tensor]) -> list[Any]:
+    """What a result's tensors are like, and what they have to do with the arguments."""
+    found = []
+    for x in result if isinstance(result, (tuple, list)) else [result]:
+        storages = [x.untyped_storage()._cdata == other.untyped_storage()._cdata for other in tensors]
+        bases = [x._base is other or (x._base is not None and x._base is other._base) for other in tensors]
+        versions = [other._version for other in tensors]
+        metadata = (x.shape, x.stride(), x.storage_offset(), x.dtype, x.device, x.requires_grad, x._version)
+        found.append((type(x), metadata, x._is_view(), storages, bases, versions, [x is other for other in tensors]))
+    return [type(result), *found]
+
+
+VIEWS_AND_CHANGES = {
+    "view": lambda x, y: Tensor.view(x, 8, 8),
+    "transpose": lambda x, y: Tensor.transpose(x, 0, 1),
+    "a view of a view": lambda x, y: Tensor.permute(x[1:], 1, 0),
+    "split": lambda x, y: Tensor.split(x, 2),
+    "unbind": lambda x, y: Tensor.unbind(x),
+    "slice": lambda x, y: Tensor.__getitem__(x, (slice(1, 3), slice(None, None, 2))),
+    "index": lambda x, y: Tensor.__getitem__(x, torch.tensor([0, 2])),
+    "expand": lambda x, y: torch.broadcast_to(x[:1], (4, 16)),
+    "as another type": lambda x, y: Tensor.view(x, torch.int32),
+    "nothing to do": lambda x, y: Tensor.contiguous(x),
+    "detach": lambda x, y: Tensor.detach(x),
+    "reshape that copies": lambda x, y: Tensor.reshape(x.t(), 64),
+    "in place": lambda x, y: Tensor.add_(x, y),
+    "in place on a view": lambda x, y: Tensor.mul_(x[1], 2),
+    "another shape in place": lambda x, y: Tensor.unsqueeze_(x, 0),
+    "resized": lambda x, y: Tensor.resize_(x, 8, 4),
+    "into a part": lambda x, y: (Tensor.__setitem__(x, 1, 5), x)[1],
+    "out": lambda x, y: torch.add(x, y, out=y),
+    "two new ones": lambda x, y: torch.max(x, 0),
+    "a statistic is changed": lambda x, y: torch.batch_norm(x, None, None, y[0], y[1], True, 0.1, 1e-5, False),
+    "with a number": lambda x, y: torch.cat([torch.tensor([]), x]),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS_AND_CHANGES)
+def test_results_of_operators_that_are_made_again_are_like_the_computed_ones(name: str, mode: FakeTensorMode) -> None:
+    """Also what they share with the arguments, and what these are then like."""
+    function, perform = VIEWS_AND_CHANGES[name], memo.Memo(mode)
+
+    class Through(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return perform(func, args, kwargs or {})
+
+    found = []
+    for through in (False, True, True, True):
+        x, y = torch.randn(4, 16), torch.randn(4, 16)
+        if through:
+            with Through():
+                result = function(x, y)
+        else:
+            result = function(x, y)
+        found.append([*relations(result, [x, y]), x.shape])
+    assert found[1:] == found[:1] * 3
+
+
+def test_views_are_computed_once(mode: FakeTensorMode, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, perform = [], memo.Memo(mode)
+    dispatch = FakeTensorMode.__torch_dispatch__
+    counted = lambda self, func, *args: seen.append(func) or dispatch(self, func, *args)  # noqa: E731
+    monkeypatch.setattr(FakeTensorMode, "__torch_dispatch__", counted)
+    tensors = [torch.randn(4, 16) for _ in range(3)]
+    del seen[:]
+    for x in tensors:
+        perform(Tensor.relu_, (perform(Tensor.view, (x, 8, 8), {}),), {})
+    assert seen.count(torch.ops.aten.view.default) == seen.count(torch.ops.aten.relu_.default) == 1
+
+
+def test_views_of_other_parts_are_others(mode: FakeTensorMode) -> None:
+    perform, x = memo.Memo(mode), torch.randn(4, 16)
+    for start in (0, 32, 0, 32):
+        part = perform(Tensor.__getitem__, (x, slice(start // 16, start // 16 + 2)), {})
+        assert perform(Tensor.view, (part, 32), {}).storage_offset() == start
+
+
+def test_known_values_stay_known_until_something_is_written_there(mode: FakeTensorMode) -> None:
+    perform = memo.Memo(mode)
+    for value in (3.0, 4.0):
+        number = perform(torch.tensor, (value,), {})
+        assert perform(Tensor.item, (perform(Tensor.view, (number, 1), {}),), {}) == value
+        assert perform(Tensor.mul_, (number, 2.0), {}).item() == 2 * value
+        perform(Tensor.add_, (number, torch.randn(())), {})
+        assert number.constant is None
+    assert perform(torch.tensor, ([1.0, 2.0],), {}).constant is None
+
+
+def test_the_values_of_a_mask_decide_on_the_shape(mode: FakeTensorMode) -> None:
+    perform, x = memo.Memo(mode), torch.randn(1, 16)
+    for value in (True, False, True):
+        mask = perform(torch.tensor, ([value],), {})
+        assert perform(Tensor.__getitem__, (x, mask), {}).shape == (int(value), 16)
 
 
 class Block(nn.Module):

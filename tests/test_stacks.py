@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -26,6 +27,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
 )
 from torch.func import functional_call, grad, stack_module_state, vmap
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.utils import parametrizations
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
@@ -54,6 +56,16 @@ def _llama() -> Any:
 @pytest.fixture
 def converted_llama() -> Any:
     return copy.deepcopy(_llama())
+
+
+def test_the_table_in_the_readme_names_tests() -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    section = text.partition("## Training stacks")[2].partition("\n## ")[0]
+    rows = [row for row in section.splitlines() if row.startswith("| ")]
+    named = [re.findall(r"`(test_\w+)`", row) for row in rows[1:]]
+    assert len(named) > 20
+    assert all(named)
+    assert {name for names in named for name in names} <= {name for name in globals() if name.startswith("test_")}
 
 
 # --- two processes ---
@@ -170,6 +182,25 @@ def test_activation_checkpointing() -> None:
     assert_equal_gradients(by_hand, model)
 
 
+def test_what_a_gate_keeps_for_its_gradient_goes_under_checkpointing() -> None:
+    """Its branch's output: the add alone keeps nothing."""
+
+    def kept(model: Any) -> int:
+        outputs: list[StorageWeakRef] = []
+        for block in model.blocks:
+            for branch in (block.attn, block.mlp):
+                branch.register_forward_hook(lambda _, args, out: outputs.append(StorageWeakRef(out.untyped_storage())))
+        loss = loss_of(model, IDS)
+        assert len(outputs) == 4
+        alive = sum(not output.expired() for output in outputs)
+        loss.backward()
+        return alive
+
+    saving = moved(converted())
+    apply_activation_checkpointing(saving, check_fn=lambda module: isinstance(module, Block))
+    assert (kept(gpt()), kept(moved(converted())), kept(saving)) == (0, 4, 0)
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers 6 is to rename it
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_of_transformers(converted_llama: Any, reentrant: bool) -> None:
@@ -274,6 +305,26 @@ def test_compile_with_inductor() -> None:
     torch.testing.assert_close(torch.compile(model, fullgraph=True)(IDS), model(IDS))
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("name", ["transformer", "resnet"])
+def test_compiled_gates_call_no_kernel_of_their_own_but_the_sum_of_their_gradient(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "examples" / "benchmarks"))
+    import gate_cost
+
+    forms, x = gate_cost.models(name, layers=1, width=16)
+    number = len(dict(rz.alphas(forms["converted"])))
+    wanted = x.clone().requires_grad_()
+    train = {key: gate_cost.kernels(gate_cost.step(torch.compile(form), wanted)) for key, form in forms.items()}
+    runs = {key: gate_cost.kernels(gate_cost.inference(torch.compile(form), x)) for key, form in forms.items()}
+    assert runs["converted"] == runs["no gate"] > 1
+    assert train["converted"] == train["hand-written"]
+    assert runs["no gate"] < train["no gate"] <= train["converted"] <= train["no gate"] + number
+
+
 def test_export_with_a_dynamic_length() -> None:
     model = moved(converted()).eval()
     length = torch.export.Dim("length", min=2, max=16)
@@ -351,6 +402,29 @@ def test_lora_on_a_converted_model(converted_llama: Any, tmp_path: Path) -> None
     merged = model.merge_and_unload()
     torch.testing.assert_close(run(merged), run(loaded))
     assert len(dict(rz.alphas(merged))) == 4
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_gates_go_beside_the_adapter(converted_llama: Any, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj", "down_proj"], r=2)
+    base = copy.deepcopy(converted_llama)
+    model = peft.get_peft_model(converted_llama, config)
+    for _, alpha in rz.alphas(model):
+        alpha.requires_grad_(True)
+    assert rz.validate(model, {"input_ids": IDS}).ok
+    optimizer = torch.optim.Adam([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.1)
+    start = gates(model)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    assert all(one != other for one, other in zip(gates(model), start, strict=True))
+    model.save_pretrained(tmp_path)
+    torch.save(dict(rz.alphas(model)), tmp_path / "alphas.pt")
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path)
+    assert gates(loaded) == start
+    assert not loaded.load_state_dict(torch.load(tmp_path / "alphas.pt"), strict=False).unexpected_keys
+    assert torch.equal(run(loaded), run(model))
+    assert gates(loaded.merge_and_unload()) == gates(model)
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

@@ -1,7 +1,9 @@
 """What does a conversion cost? CPU time of `audit` and `convert`, as ratios to one forward and to other tools' graphs.
 
 All models are on the meta device, so a forward computes nothing: what is measured is Python. All tools take turns in
-one process, and a ratio is that of two times of one round; the table gives the median, smallest and largest.
+one process, and a ratio is that of two times of one round; the table gives the median, smallest and largest. A second
+table says where the time of `convert` goes, by differences: it records the given model and, in eval and in train mode,
+the converted one; an audit is a recording and detection; `verify=False` adds the copy and the rewriting.
 
     python examples/benchmarks/convert_cost.py                              # all models: long
     python examples/benchmarks/convert_cost.py --only resnet50 gpt2-12 fc-100 --json cost.json
@@ -23,15 +25,17 @@ from statistics import median
 from typing import Any
 
 import torch
-from timing import interleaved, ratio, shown, table, write
+from timing import Times, interleaved, ratio, shown, table, write
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import rezero_convert as rz
+from rezero_convert.capture import capture
 
 Built = tuple[nn.Module, dict[str, Tensor]]
 
 DEPTHS = (100, 200, 400, 800, 1_000, 1_250, 2_500, 5_000, 10_000)
+OWN = ("recording", "audit", "convert, verify=False", "convert")
 TOOLS = ("symbolic_trace", "Torch-Pruning", "make_fx", "torch.export")
 LARGE = ("llama-405b", "fc-2500", "fc-5000", "fc-10000")
 """Models that only the conversion is measured on."""
@@ -120,6 +124,7 @@ def actions(name: str, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str,
 
     made: dict[str, Callable[[], Any]] = {
         "forward": forward,
+        "recording": lambda: capture(model, given),
         "audit": lambda: rz.audit(model, given),
         "convert, verify=False": lambda: rz.convert(model, given, verify=False),
         "convert": lambda: rz.convert(model, given),
@@ -146,29 +151,40 @@ def measured(name: str, rounds: int, limit: float, without: list[str]) -> dict[s
     return {"model": name, "times": times, "failed": failed, "peak_gib_of_process": round(peak, 3)}
 
 
+PARTS = ("three recordings", "detection", "copy and rewriting", "the rest of the check")
+
+
+def parts(times: Times) -> list[str]:
+    """Shares of the time of a conversion."""
+    recording, audit, unchecked, whole = (median(times[name]) for name in OWN)
+    shares = (3 * recording, audit - recording, unchecked - audit, whole - unchecked - 2 * recording)
+    return [f"{100 * share / whole:.0f} %" for share in shares]
+
+
 def report(results: list[dict[str, Any]]) -> None:
     """Print the tables."""
-    own = ["audit", "convert, verify=False", "convert"]
-    ran = [found for found in results if not {"forward", *own} & found["failed"].keys()]
+    ran = [found for found in results if not {"forward", *OWN} & found["failed"].keys()]
     rows = []
     for found in ran:
         times: dict[str, list[float]] = found["times"]
-        columns = [shown(ratio(times, one, "forward")) for one in (*own, *TOOLS)]
+        columns = [shown(ratio(times, one, "forward")) for one in (*OWN, *TOOLS)]
         against = shown(ratio(times, "convert", "Torch-Pruning"))
         forward = f"{1e3 * median(times['forward']):.0f}"
         rows.append([found["model"], forward, *columns, against, f"{found['peak_gib_of_process']:.2f}"])
     print("ratios of process CPU time to one forward on meta: median (smallest-largest) of the rounds\n")
-    print(table(["model", "forward, ms", *own, *TOOLS, "convert / Torch-Pruning", "peak memory so far, GiB"], rows))
+    print(table(["model", "forward, ms", *OWN, *TOOLS, "convert / Torch-Pruning", "peak memory so far, GiB"], rows))
+    print("\nwhere the time of convert goes, of medians\n")
+    print(table(["model", *PARTS], [[found["model"], *parts(found["times"])] for found in ran]))
     depths = [found for found in ran if found["model"].startswith("fc-")]
     steps = [(one, two) for one in depths for two in depths if int(two["model"][3:]) == 2 * int(one["model"][3:])]
     rows = [
         [f"{one['model']} -> {two['model']}"]
-        + [f"{median(two['times'][what]) / median(one['times'][what]):.2f}" for what in ("forward", *own)]
+        + [f"{median(two['times'][what]) / median(one['times'][what]):.2f}" for what in ("forward", *OWN)]
         for one, two in steps
     ]
     if rows:
         print("\nratio of the times of twice the depth (medians)\n")
-        print(table(["depth", "forward", *own], rows))
+        print(table(["depth", "forward", *OWN], rows))
 
 
 def main() -> None:

@@ -188,6 +188,7 @@ def measured(name: str, dtype: torch.dtype, compiled: bool, asked: argparse.Name
     found: dict[str, Any] = {"model": name, "dtype": str(dtype).removeprefix("torch."), "compiled": compiled}
     if compiled:
         found["kernels"] = {key: kernels(step(torch.compile(model), wanted)) for key, model in forms.items()}
+        found["kernels_inference"] = {key: kernels(inference(torch.compile(one), x)) for key, one in forms.items()}
     else:
         found["saved"] = {key: saved(model, wanted) for key, model in forms.items()}
         found["gates"] = len(dict(rz.alphas(forms["converted"])))
@@ -239,13 +240,15 @@ def main() -> None:
         rows.append([one["model"], one["dtype"], *[str(one["saved"][form][0]) for form in forms], f"{extra:.2f}"])
     print(table(["model", "dtype", *forms, "a gate, x stream"], rows))
     if any(one["compiled"] for one in results):
-        print("\nkernels called by the compiled forward and backward\n")
+        print("\nkernels called by what torch.compile generates\n")
+        runs = {"forward and backward": "kernels", "inference": "kernels_inference"}
         rows = [
-            [one["model"], one["dtype"], *[str(one["kernels"][form]) for form in forms]]
+            [one["model"], one["dtype"], what, *[str(one[name][form]) for form in forms]]
             for one in results
             if one["compiled"]
+            for what, name in runs.items()
         ]
-        print(table(["model", "dtype", *forms], rows))
+        print(table(["model", "dtype", "", *forms], rows))
 
 
 if __name__ == "__main__":

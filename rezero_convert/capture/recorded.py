@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from types import FrameType
 from typing import Any, Literal
 from unittest import mock
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._C import DisableTorchFunction
 from torch._ops import OpOverload
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import TensorWeakRef
@@ -31,7 +32,7 @@ from .facts import Facts
 from .frames import TORCH, FrameReader
 from .graphs import unflattened
 from .guard import is_users_object, substitute, uncollected, untouched
-from .memo import Memo
+from .memo import Fakes, Memo
 from .trace import Call, Frame, Origin, Trace
 
 Rung = Literal["fake", "meta", "real"]
@@ -54,7 +55,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *
         ConversionError: the model raises on every kind of tensor (the message gives the last error), or Python runs
             without column information.
     """
-    on_meta = any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    on_meta = any(tensor.is_meta for tensor in chain(model.parameters(), model.buffers()))
     for rung in RUNGS[: 2 if on_meta else 3]:
         try:
             return record_on(rung, model, args, kwargs, training=training)
@@ -170,12 +171,13 @@ def one_line(error: BaseException) -> str:
 
 def _on_fake(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Trace:
     mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = Fakes(mode)
 
     def fake(tensor: Tensor) -> Tensor:
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
             return mode.from_tensor(tensor)
         value = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-        return FakeTensor(mode, value, torch.device("cpu") if tensor.is_meta else tensor.device)
+        return fakes(value, torch.device("cpu") if tensor.is_meta else tensor.device)
 
     def parameter(tensor: Tensor) -> Tensor:
         made = fake(tensor).requires_grad_(tensor.requires_grad)
@@ -183,8 +185,8 @@ def _on_fake(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
         return made
 
     paths = substitute(model, parameter=parameter, buffer=fake, other=Tensor.clone)  # values may be read
+    inputs = _converted((args, kwargs), fake)
     with mode, _quiet():
-        inputs = _converted((args, kwargs), fake)
         return _run(model, inputs, paths, "recorded (fake tensors)", weak=False, perform=Memo(mode))
 
 
@@ -493,12 +495,10 @@ class _Recorder(TorchFunctionMode):
         before: list[tuple[Tensor, int]], result: Any, fresh: list[Tensor], changed: list[Tensor],
         frames: tuple[Frame, ...],
     ) -> None:  # fmt: skip
-        node = self.graph.create_node(
-            op,
-            target,
-            tuple([self._argument(value, frames) for value in args]),
-            {name: self._argument(value, frames) for name, value in kwargs.items()},
-        )
+        given = tuple([self._argument(value, frames) for value in args])
+        named = {name: self._argument(value, frames) for name, value in kwargs.items()}
+        node = self.graph.create_node(op, target)
+        node._update_args_kwargs(given, named)  # `create_node` would look for symbols in them first
         first = before[0][0] if before else None
         inplace = first is not None and any(first is tensor for tensor in changed)
         self._describe(node, overwriting if inplace else plain, frames, result if isinstance(result, Tensor) else None)

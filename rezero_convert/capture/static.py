@@ -154,6 +154,7 @@ def _qualname(file: str, node: FunctionNode) -> str:
     return name
 
 
+@sources.cached
 def adds(file: str, where: Place | ast.AST) -> tuple[Span, ...]:
     """Every addition and subtraction in the text of a function, nested functions included, in source order."""
     node = sources.function(where) if isinstance(where, Place) else where

@@ -29,18 +29,38 @@ def marker(model: nn.Module) -> dict[str, Any] | None:
 
 
 def mark(undo: ExitStack, model: nn.Module, options: Options, gates: Iterable[str], *, again: bool) -> None:
-    """Write a conversion into the configuration of a transformers model, behind earlier ones if it is done `again`."""
-    config = _config(model)
-    if config is not None:
-        before = (marker(model) or {}).get("conversions", []) if again else []
-        put(undo, config.__dict__, MARKER, {"conversions": [*before, _asked(options)], "gates": shown(gates)})
+    """Write a conversion into the configurations of a transformers model and of those in it, which may be saved alone.
+
+    Behind earlier conversions if it is done `again`. Models that share a configuration share the entry.
+    """
+    names = list(gates)
+    first: dict[int, dict[str, Any]] = {}
+    for path, module in model.named_modules():
+        config, own = _config(module), _below(path, names)
+        if config is None or not own:
+            continue
+        if id(config) in first:
+            first[id(config)].setdefault("inside", {})[path] = shown(own)
+            continue
+        before = again or (path != "" and "rezero_plan" in module.__dict__)
+        done = (marker(module) or {}).get("conversions", []) if before else []
+        first[id(config)] = {"conversions": [*done, _asked(options, path)], "gates": shown(own)}
+        put(undo, config.__dict__, MARKER, first[id(config)])
 
 
 def mark_folded(undo: ExitStack, model: nn.Module, gates: Iterable[str]) -> None:
     """Write that these gates are in the weights."""
-    config, found = _config(model), marker(model)
-    if config is not None and found is not None:
-        put(undo, config.__dict__, MARKER, {**found, "folded": sorted({*found.get("folded", []), *gates})})
+    names = list(gates)
+    for path, module in model.named_modules():
+        config, found, own = _config(module), marker(module), _below(path, names)
+        if config is not None and found is not None and own:
+            put(undo, config.__dict__, MARKER, {**found, "folded": sorted({*found.get("folded", []), *own})})
+
+
+def _below(path: str, names: list[str]) -> list[str]:
+    """The names of what is in the module at `path`, as it has them."""
+    prefix = f"{path}." if path else ""
+    return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
 
 
 def unmark(undo: ExitStack, model: nn.Module) -> None:
@@ -56,8 +76,8 @@ def shown(gates: Iterable[str]) -> str:
     return compact(names, limit=len(names))
 
 
-def _asked(options: Options) -> dict[str, Any]:
-    """The options that have another value than the default."""
+def _asked(options: Options, path: str) -> dict[str, Any]:
+    """The options that have another value than the default; patterns of paths from the module at `path`."""
     default = Options()
     names = [field.name for field in dataclasses.fields(Options)]
     asked = {name: getattr(options, name) for name in names if getattr(options, name) != getattr(default, name)}
@@ -65,11 +85,15 @@ def _asked(options: Options) -> dict[str, Any]:
         asked |= {"drop_norm": options.drop_norm or ("none",), "activation": options.activation}
     elif not options.drop_norm:
         asked["drop_norm"] = ("none",)
+    for name in {"include", "exclude"} & asked.keys() if path else ():
+        asked[name] = tuple(pattern.removeprefix(f"{path}.") for pattern in asked[name])
     return {name: as_dict(value) for name, value in asked.items()}
 
 
 def _config(model: nn.Module) -> Any:
     """The configuration that the model's own `save_pretrained` writes."""
     config = model.__dict__.get("config")
+    if config is None:
+        return None
     saved = hasattr(type(model), "save_pretrained") and hasattr(type(config), "to_diff_dict")
     return config if saved else None

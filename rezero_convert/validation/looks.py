@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -118,7 +119,7 @@ class Subject:
 
     @property
     def meta(self) -> bool:
-        return any(value.is_meta for value in [*self.model.parameters(), *self.model.buffers()])
+        return any(value.is_meta for value in chain(self.model.parameters(), self.model.buffers()))
 
     @property
     def runs(self) -> bool:

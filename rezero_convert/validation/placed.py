@@ -29,8 +29,9 @@ def asked(subject: Subject) -> tuple[Position, ...]:
 
 def placed(subject: Subject, look: Look) -> Iterator[Check]:
     """Whether the norms are where they were to go; in a model without a record, those of all blocks."""
-    seen = list(_norms(look))
-    for position in asked(subject):
+    positions = asked(subject)
+    seen = list(_norms(look)) if positions else []
+    for position in positions:
         there = {spot for spot, at in seen if at == position}
         blocks = {path for path, _ in there}
         wanted = there | {spot for spot, _ in seen if spot[0] not in blocks}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .fault import Fault
 
-GUARD, RECORDED = "capture/guard.py", "capture/recorded.py"
+GUARD, RECORDED, MEMO = "capture/guard.py", "capture/recorded.py", "capture/memo.py"
 
 FAULTS = (
     Fault(
@@ -216,5 +216,45 @@ FAULTS = (
         "    if decided is not None:\n        return execute(node.body if decided else node.orelse, scope)\n",
         "",
         "test_capture_live.py::test_arms_that_the_attributes_exclude_are_not_seen",
+    ),
+    Fault(
+        "a view is made again as a tensor of its own",
+        MEMO,
+        "            return fakes(torch.as_strided(first, known.shape, known.stride, known.offset), "
+        "first.fake_device)\n",
+        "            value = torch.empty_strided(known.shape, known.stride, dtype=first.dtype, device='meta')\n"
+        "            return fakes(value, first.fake_device)\n",
+        "test_speed.py::test_results_of_operators_that_are_made_again_are_like_the_computed_ones",
+    ),
+    Fault(
+        "views of another part are the same call",
+        MEMO,
+        ", value.fake_device, value.storage_offset()\n",
+        ", value.fake_device\n",
+        "test_speed.py::test_views_of_other_parts_are_others",
+    ),
+    Fault(
+        "the values of a mask do not matter",
+        MEMO,
+        "        if func is _INDEX and any(tensor.dtype in _MASKS for tensor in tensors[1:]):\n"
+        "            return None\n",
+        "",
+        "test_speed.py::test_the_values_of_a_mask_decide_on_the_shape",
+    ),
+    Fault(
+        "a number that is overwritten is still known",
+        MEMO,
+        "        for position in written:  # they are then known no more\n"
+        '            if position < len(args) and getattr(args[position], "constant", None) is not None:\n'
+        "                return None\n",
+        "",
+        "test_speed.py::test_known_values_stay_known_until_something_is_written_there",
+    ),
+    Fault(
+        "an operator that changes a shape is left out",
+        MEMO,
+        "torch.Tag.dynamic_output_shape, torch.Tag.inplace_view}",
+        "torch.Tag.dynamic_output_shape}",
+        "test_speed.py::test_results_of_operators_that_are_made_again_are_like_the_computed_ones",
     ),
 )
