@@ -73,6 +73,20 @@ def test_a_helper_that_does_more_than_normalize_stays() -> None:
     torch.testing.assert_close(open_gates(rz.convert(model, X))(X), X + 0.5 * model.fc(norm(X)))
 
 
+def doubled(x: Tensor) -> Tensor:
+    x = F.rms_norm(x, (x.size(-1),))
+    return x * 2
+
+
+def test_a_helper_of_more_than_a_norm_keeps_its_call() -> None:
+    class Doubling(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.fc(doubled(x))
+
+    model = Doubling()
+    torch.testing.assert_close(open_gates(rz.convert(model, X))(X), X + 0.5 * model.fc(2 * norm(X)))
+
+
 class Method(nn.Module):
     """Its own method normalizes for a branch and, perhaps, for something else."""
 

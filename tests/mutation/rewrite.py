@@ -331,7 +331,7 @@ FAULTS = (
     Fault(
         "a norm that is still read goes",
         "rewrite/source.py",
-        "        check_reads(source, family, chain, gone)\n",
+        "        check_reads(source, one, gone)\n",
         "        pass\n",
         "test_rewrite_source.py::test_a_norm_that_is_still_read_is_refused",
     ),

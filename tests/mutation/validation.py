@@ -153,8 +153,8 @@ FAULTS = (
     Fault(
         "registered: a plain tensor as the gate of a hand-written model passes",
         LOOKS,
-        'path.startswith("_constant_")',
-        'path.startswith("constant_")',
+        "path is not None and path not in known and",
+        "path is not None and path in known and",
         "test_validation.py::test_alpha_not_registered_in_a_model_without_record",
     ),
     Fault(
@@ -333,5 +333,12 @@ FAULTS = (
         "if not seen.nonzero.get(block.shortcut, True) and _excuse(look, block)]",
         "if _excuse(look, block)]",
         "test_packages_found.py::test_a_dead_branch_on_a_live_stream_still_fails",
+    ),
+    Fault(
+        "an activation behind a loop is its last block's own",
+        LOOKS,
+        "(site is None or _follows_every(flow, node))",
+        "True",
+        "test_validation.py::test_an_activation_behind_a_loop_is_not_the_last_blocks_own",
     ),
 )
