@@ -155,7 +155,7 @@ def flow(trace: Trace, norm_types: tuple[type[nn.Module], ...] = ()) -> Flow:
         end, entry = index[summary.end], index[summary.entry]
         facts[end], inputs[end], steps[end] = summary.facts, (entry,), summary.call
     whole = set(steps.values())
-    taken = {node for i, node in enumerate(nodes) if i in steps or _is_within(origin(node).call, whole)}
+    taken = {node for i, node in enumerate(nodes) if i in steps or is_within(origin(node).call, whole)}
     inner = {index[node] for node in taken if trace.generated} - steps.keys()
     for chain in chains(trace, taken):
         end, entry = index[chain.end], index[chain.entry]
@@ -169,14 +169,14 @@ def flow(trace: Trace, norm_types: tuple[type[nn.Module], ...] = ()) -> Flow:
         detached = node.op in ("call_function", "call_method") and operation(node.target) in _DETACHED
         read = () if detached else inputs[i] if i in steps else map(index.__getitem__, node.all_input_nodes)
         constant.append(origin(node).facts.kind not in ("input", "unseen") and all(constant[source] for source in read))
-        hidden = i in inner or (i not in steps and _is_within(origin(node).call, whole))
+        hidden = i in inner or (i not in steps and is_within(origin(node).call, whole))
         for source in () if hidden or node in written_back else inputs[i]:
             users[source].append(i)
     given = tuple(map(tuple, users))
     return Flow(trace, nodes, index, tuple(inputs), given, tuple(facts), steps, frozenset(inner), tuple(constant))
 
 
-def _is_within(call: Call | None, whole: set[Call]) -> bool:
+def is_within(call: Call | None, whole: set[Call]) -> bool:
     """Whether a module execution is part of one that counts as a single step."""
     while call is not None and call not in whole:
         call = call.parent

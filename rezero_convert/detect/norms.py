@@ -13,7 +13,7 @@ from ..capture.trace import Frame, origin
 from ..plan import Norm, NormAction, Operand, Options, Span
 from . import code, helpers
 from .blocks import Block, Branch, has_weight
-from .flow import Flow
+from .flow import Flow, is_within
 
 Position = Literal["pre", "inside", "end", "post"]
 
@@ -150,16 +150,22 @@ def _is_element(flow: Flow, node: int) -> bool:
 
 
 def calls(flow: Flow) -> Iterator[int]:
-    """The runs of norm modules."""
-    return (node for node in range(len(flow.nodes)) if flow.facts[node].kind == "norm" and path_of(flow, node))
+    """The runs of norm modules; what one calls of its base class, `super().forward(x)`, is part of its run."""
+    whole = set(flow.steps.values())
+    for node in range(len(flow.nodes)):
+        part = node not in flow.steps and is_within(flow.origin(node).call, whole)
+        if flow.facts[node].kind == "norm" and path_of(flow, node) and not part:
+            yield node
 
 
 def functional(flow: Flow) -> Iterator[int]:
     """The runs of norms without a module, in code that somebody wrote."""
+    whole = set(flow.steps.values())
     for node in range(len(flow.nodes)):
         frames = flow.origin(node).frames
         written = bool(frames) and frames[-1].span not in flow.trace.generated
-        if written and flow.facts[node].kind == "norm" and not path_of(flow, node):
+        part = node not in flow.steps and is_within(flow.origin(node).call, whole)
+        if written and not part and flow.facts[node].kind == "norm" and not path_of(flow, node):
             yield node
 
 
