@@ -261,7 +261,7 @@ def _source_plan(text: str, file: str, model: nn.Module | None, example_inputs: 
 
 
 def _warn_of_marker(model: nn.Module) -> None:
-    for module in model.modules():
+    for module in model.modules() if isinstance(model, nn.Module) else ():  # `capture` refuses other things
         found = marker(module)
         if found is not None and not restore.is_converted(module):
             name = type(module).__qualname__

@@ -158,7 +158,7 @@ def parts(times: Times) -> list[str]:
     """Shares of the time of a conversion."""
     recording, audit, unchecked, whole = (median(times[name]) for name in OWN)
     shares = (3 * recording, audit - recording, unchecked - audit, whole - unchecked - 2 * recording)
-    return [f"{100 * share / whole:.0f} %" for share in shares]
+    return [f"{round(100 * share / whole)} %" for share in shares]
 
 
 def report(results: list[dict[str, Any]]) -> None:
@@ -174,7 +174,8 @@ def report(results: list[dict[str, Any]]) -> None:
     print("ratios of process CPU time to one forward on meta: median (smallest-largest) of the rounds\n")
     print(table(["model", "forward, ms", *OWN, *TOOLS, "convert / Torch-Pruning", "peak memory so far, GiB"], rows))
     print("\nwhere the time of convert goes, of medians\n")
-    print(table(["model", *PARTS], [[found["model"], *parts(found["times"])] for found in ran]))
+    again = [found for found in ran if len(found["times"]["convert"]) > 1]  # the first time there is more to do
+    print(table(["model", *PARTS], [[found["model"], *parts(found["times"])] for found in again]))
     depths = [found for found in ran if found["model"].startswith("fc-")]
     steps = [(one, two) for one in depths for two in depths if int(two["model"][3:]) == 2 * int(one["model"][3:])]
     rows = [

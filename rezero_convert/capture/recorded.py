@@ -498,7 +498,9 @@ class _Recorder(TorchFunctionMode):
         given = tuple([self._argument(value, frames) for value in args])
         named = {name: self._argument(value, frames) for name, value in kwargs.items()}
         node = self.graph.create_node(op, target)
-        node._update_args_kwargs(given, named)  # `create_node` would look for symbols in them first
+        node.args = given  # `create_node` would look for symbols in them first
+        if named:
+            node.kwargs = named
         first = before[0][0] if before else None
         inplace = first is not None and any(first is tensor for tensor in changed)
         self._describe(node, overwriting if inplace else plain, frames, result if isinstance(result, Tensor) else None)

@@ -241,6 +241,13 @@ FAULTS = (
         '.get("conversions", []) if not before else []',
         "test_checkpoints.py::test_two_conversions_are_made_again_in_their_order",
     ),
+    Fault(
+        "a model inside is not known as converted",
+        "rewrite/marker.py",
+        "        if config is None or not own:\n",
+        "        if path or config is None or not own:\n",
+        "test_checkpoints.py::test_a_model_inside_that_is_saved_alone_is_known_as_converted",
+    ),
     # passes, files, the command
     Fault(
         "a gate that no node reads passes",
