@@ -451,3 +451,38 @@ def test_only_a_copy_has_another_home(name: str, tmp_path: Path) -> None:
     other.write_text("class Own:\n    pass\n")
     assert home(str(copy)) == (str(real) if name == real.name else str(copy))
     assert home(str(other)) == str(other)
+
+
+SCALED_OR_NOT = """\
+import torch
+from torch import nn
+
+
+class Residual(nn.Module):
+    def __init__(self, module, scaled):
+        super().__init__()
+        self.module = module
+        self.gamma = nn.Parameter(torch.full((4,), 0.1)) if scaled else None
+
+    def forward(self, x):
+        if self.gamma is not None:
+            return x + self.gamma * torch.tanh(self.module(x))
+        return x + torch.tanh(self.module(x))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Residual(nn.Linear(4, 4), True), Residual(nn.Linear(4, 4), False)
+
+    def forward(self, x):
+        return self.second(self.first(x))
+"""
+
+
+def test_a_branch_with_a_gate_of_its_own_counts_for_the_names(tmp_path: Path) -> None:
+    file = tmp_path / "rz_scaled_or_not.py"
+    file.write_text(SCALED_OR_NOT)
+    live = rz.convert(targets.load(file).Net(), torch.randn(2, 4))
+    assert [name for name, _ in rz.alphas(live)] == ["first.gamma", "second.alpha_module"]
+    assert "x + self.alpha_module * torch.tanh(self.module(x))" in rz.convert_source(SCALED_OR_NOT, file=str(file)).text

@@ -399,28 +399,38 @@ def _named(flow: Flow, drafts: list[Draft], others: list[arms.Arm], options: Opt
     return sites
 
 
-def _holds_several(flow: Flow, drafts: list[Draft], options: Options, name: str) -> bool:
-    """Whether the text of a class holds several branches, though a graph of its instances has one of each.
+def _holds_several(flow: Flow, drafts: list[Draft], options: Options, asked: names.Request) -> bool:
+    """Whether the text of a class holds several branches that need a gate, though its instances ask for one.
 
     Instances may have run different arms: where the tracer did not note the lines, that shows in the kinds of their
-    skips. Others may not have run at all.
+    skips. Others may not have run at all, or have a gate already.
     """
-    text = _text_of(flow, name)
+    text, place = _text_of(flow, asked.cls), asked.at.place
     if text is None:
-        return False
+        return flow.trace.model is not None and _gated_in_text(options, place.file, place.cls) > 1
     file, definition, qualname = text
-    own = [draft.site for draft in drafts if draft.site.cls == name and draft.site.gates]
-    lines = {site.span.line for site in _static(options, file, qualname) if site.span and _new(site)}
+    own = [draft.site for draft in drafts if draft.site.cls == asked.cls and draft.site.gates]
     if all(site.written is not None for site in own):
-        return len(lines | {site.written.line for site in own if site.written is not None and _new(site)}) > 1
+        lines = {site.span.line for site in _static(options, file, qualname) if site.span and _new(site)}
+        lines |= {site.written.line for site in own if site.written is not None and _new(site)}
+        return len(lines) > 1
     kinds = {site.skip_kind for site in own}
     if len(kinds) > 1 and sum(not code.adds_number(span) for span in adds(file, definition)) > 1:
         return True
-    return len(lines) > 1
+    return _gated_in_text(options, file, qualname) > 1
 
 
 def _new(site: Site) -> bool:
     return any(not gate.existing for gate in site.gates)
+
+
+def _gated_in_text(options: Options, file: str, cls: str) -> int:
+    """How many branches of a class get a gate by its text."""
+    try:
+        found = _static(options, file, cls) if cls else ()
+    except ConversionError:  # a file without a text
+        return 0
+    return len({gate.at for site in found for gate in site.gates if not gate.existing})
 
 
 def _may_walk(flow: Flow, options: Options, name: str, child: str) -> bool:

@@ -27,7 +27,7 @@ def alphas(
     shared: bool,
     exclusive: Callable[[Operand, Operand], bool],
     taken: Callable[[str, str], bool],
-    several: Callable[[str], bool] = lambda cls: False,
+    several: Callable[[Request], bool] = lambda request: False,
 ) -> dict[Request, str]:
     """A name for each branch: `alpha` if the class whose text holds it holds one, else `alpha_<child>`.
 
@@ -38,7 +38,7 @@ def alphas(
         shared: one alpha for all branches of a module.
         exclusive: whether two operands lie in arms of which one call runs at most one.
         taken: whether an attribute of this name is the class's own: (cls, name).
-        several: whether the text of a class holds more branches than the requests tell.
+        several: whether the text that holds a branch holds more of them than the requests tell.
     """
     every = list(dict.fromkeys(requests))
     texts: dict[tuple[str, str], list[Request]] = {}
@@ -48,7 +48,7 @@ def alphas(
     for own in sorted(texts.values(), key=lambda own: -max(request.rank for request in own)):
         owners = {request.cls for request in own}
         above = {request.at: given[request.at] for request in every if request.cls in owners and request.at in given}
-        for at, name in _of_text(own, shared, exclusive, taken, above, any(map(several, owners))):
+        for at, name in _of_text(own, shared, exclusive, taken, above, any(map(several, own))):
             given[at] = name
     return {request: given[request.at] for request in every}
 
