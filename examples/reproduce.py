@@ -395,9 +395,9 @@ def _follow(steps: int) -> rz.AlphaTracker:
 CAVEATS = """Where ReZero does not win, and what differs from the paper:
 
 - In the paper its ResNet-56 has a higher error than vanilla (6.58 against 6.27), and gated reaches 80 % sooner. Here
-  vanilla is ahead at the rate of 0.02, 22 to 28 steps against 60 to 65, and as accurate; it is 0.1 that it does not bear.
-- Under Adam at a low learning rate pre-norm is ahead: the 12-layer Transformer at 0.001 took 185 to 200 steps to 3.5 bits
-  with pre-norm, 195 to 215 with ReZero and ten times the rate for the gates, and more than 250 with one rate for all.
+  vanilla is ahead at the rate of 0.02, 22 to 28 steps against 60 to 65, and as accurate; 0.1 it does not bear.
+- Under Adam at a low learning rate pre-norm is ahead: the 12-layer Transformer at 0.001 took 185 to 200 steps to
+  3.5 bits with pre-norm, 195 to 215 with ReZero and ten times the rate for the gates, more than 250 without that.
 - At 12 layers and 0.003 the skips do it, not the zero: with alpha = 1, or no gate at all, the net without norms is as
   fast as with ReZero.
 - With Adam at the best of three rates each, 32 fully connected layers took 40 steps with pre-norm, 46 with ReZero (the
