@@ -97,3 +97,11 @@ def test_the_readme_has_the_cost_of_conversions_that_the_script_prints(
     readme = (ROOT / "README.md").read_text().splitlines()
     assert len(printed) > 10
     assert [line for line in printed if line not in readme] == []
+
+
+def test_the_readme_has_the_figures_of_growing() -> None:
+    kept = json.loads((RESULTS / "grow.json").read_text())
+    ends = {name: [run[-1][2] for run in runs] for name, runs in kept["runs"].items()}
+    grown, whole = (", ".join(f"{end:.3f}" for end in ends[name]) for name in ("grown 6, 12, 24", "24 from the start"))
+    assert f"{grown} grown; {whole} from the start" in (ROOT / "README.md").read_text()
+    assert max(ends["grown 6, 12, 24"]) < min(ends["24 from the start"])
