@@ -86,6 +86,8 @@ def _runnable(recorded: Trace) -> fx.Graph:
                 raise _refused(node, f"is given a {unknown[0][1:-1]}, which is no value of a graph")
             made = graph.node_copy(node, new.__getitem__)
             made.args, made.kwargs = map_aggregate(made.args, _plain), map_aggregate(made.kwargs, _plain)
+            if made.op == "call_function" and getattr(made.target, "__module__", "") == torch._tensor.__name__:
+                made.op, made.target = "call_method", getattr(made.target, "__name__", "")  # `x ** 2` is `x.pow(2)`
             made.meta = _meta(node, keys)
             if node.op == "placeholder":
                 made.target = made.name

@@ -120,11 +120,12 @@ class Registered(nn.Module):
 """
 
 
-def test_one_class_that_cannot_be_rewritten_does_not_stop_the_others() -> None:
+def test_a_norm_that_cannot_go_stops_neither_its_class_nor_the_others() -> None:
     result = rz.convert_source(SOURCE)
-    (refused,) = result.report.plan.of("refused")
-    assert (refused.cls, refused.code) == ("Twice", "RZ912")
-    assert "cannot be taken out of this assignment" in refused.reason
+    (norm,) = (norm for site in result.report.plan.converted for norm in site.norms)
+    assert norm.action == "keep"
+    assert "cannot be taken out of this assignment" in norm.reason
+    assert "x + self.alpha * self.f(self.n(x))" in result.text
     assert "self.rezero_alpha * torch.relu" in result.text
 
 

@@ -94,7 +94,7 @@ def overwriting(net: Net, x: Tensor) -> Tensor:
 
 
 def attributes(net: Net, x: Tensor) -> Tensor:
-    return x + net.fc(x) * net.scale + net.offset * np.float64(0.5)
+    return x + net.fc(x) ** 2 * net.scale + 2 ** (net.offset * np.float64(0.5))
 
 
 def branching(net: Net, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -305,6 +305,12 @@ def _is_written_zero(flow: Flow, node: int, path: str, kind: str) -> bool:
     file, name = flow.origin(node).frames[0].span.file, path.rpartition(".")[2]
     if not (code.is_zeroed(file, f"{path}.weight") or code.is_zeroed(file, f"{name}.weight")):
         return False
+    others = [str(one.target) for one in flow.nodes if one.op == "call_module" and str(one.target) != path]
+    around = path.rpartition(".")[0]
+    if name.isdigit() and f"{path}.weight" not in code.zeroed(file):  # by an index from the end: the last layer
+        later = (one.rpartition(".") for one in others)
+        if any(holder == around and last.isdigit() and int(last) > int(name) for holder, _, last in later):
+            return False
     bare = kind == "norm" or code.has_no_bias(flow.nodes[node].meta.get("constructor", ""))
     bare = bare or (flow.nodes[node].op != "call_module" and node not in flow.steps)  # `_weight_of` has seen to it
     return bare or code.is_zeroed(file, f"{path}.bias") or code.is_zeroed(file, f"{name}.bias")

@@ -51,6 +51,22 @@ def attribute_chain(node: ast.AST) -> tuple[str, ...] | None:
     return (node.id, *reversed(parts)) if isinstance(node, ast.Name) else None
 
 
+def _chain_of_elements(node: ast.AST) -> tuple[str, ...] | None:
+    """`self.net[-1].weight` as its parts, the index as it is."""
+    parts: list[str] = []
+    while isinstance(node, (ast.Attribute, ast.Subscript)):
+        if isinstance(node, ast.Subscript):
+            try:
+                index = ast.literal_eval(node.slice)
+            except ValueError:
+                return None
+            parts.append(str(index))
+        else:
+            parts.append(node.attr)
+        node = node.value
+    return (node.id, *reversed(parts)) if isinstance(node, ast.Name) else None
+
+
 def last_name(node: ast.AST) -> str:
     """The last name of a callee: `Parameter` in `nn.Parameter`."""
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
@@ -312,10 +328,10 @@ def set_by(call: ast.Call) -> tuple[str, ...] | None:
     filled = call.func.value if isinstance(call.func, ast.Attribute) else None
     if isinstance(filled, ast.Call) and last_name(filled.func) == "detach" and isinstance(filled.func, ast.Attribute):
         filled = filled.func.value
-    receiver = attribute_chain(filled) if filled is not None else None
+    receiver = _chain_of_elements(filled) if filled is not None else None
     if receiver is not None and receiver[-1] in ("data", "weight", "bias"):
         return tuple(part for part in receiver if part != "data")
-    target = attribute_chain(call.args[0]) if call.args else None
+    target = _chain_of_elements(call.args[0]) if call.args else None
     if target is not None and len(target) > 1:
         return tuple(part for part in target if part != "data")
     return receiver

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..errors import ConversionError
@@ -281,13 +281,26 @@ def repair(
         wrapped = [_unwrapped(source, value) for _, value, _ in resolve(source, cls, path.split(".")[:-1])]
         return set(), [edit for edit in wrapped if edit is not None], []
     family = related(source, cls)
-    found = [call for call in init_calls(source, family, attribute) if list(call.rest) == rest and _is_zero(call.call)]
+    found = [
+        call
+        for call in init_calls(source, family, attribute)
+        if _is_zero(call.call) and _is_element(call.rest, rest, source, cls, attribute)
+    ]
     if not found:
         note = f"{source.file}:{cls.lineno}: {path} of {cls.name} starts at zero, but not by a statement found here"
         return set(), [], [note]
     if how == "reset":
         return {call.stmt for call in found}, [], []
     return set(), [_refilled_like(source, call.call, names) for call in found], []
+
+
+def _is_element(written: Sequence[str], rest: list[str], source: Source, cls: ast.ClassDef, attribute: str) -> bool:
+    """Whether a path as written, `-1.weight`, is one below an attribute."""
+    if list(written) == rest or len(written) != len(rest) or not written or not written[0].startswith("-"):
+        return list(written) == rest
+    made = [call for _, value, _ in resolve(source, cls, [attribute]) for call in constructor_calls(value)]
+    counts = {len(call.args) for call in made if not any(isinstance(arg, ast.Starred) for arg in call.args)}
+    return len(counts) == 1 and [str(counts.pop() + int(written[0])), *written[1:]] == rest
 
 
 def _unwrapped(source: Source, value: ast.expr) -> Edit | None:

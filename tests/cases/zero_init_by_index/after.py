@@ -1,0 +1,23 @@
+import torch
+from torch import nn
+
+
+class Block(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(dim, 2 * dim), nn.ReLU(), nn.Linear(2 * dim, dim))
+        self.alpha = nn.Parameter(torch.zeros(1))
+        nn.init.zeros_(self.net[-1].bias)
+
+    def forward(self, x):
+        return x + self.alpha * self.net(x)
+
+
+class Filled(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim, bias=False))
+        self.alpha = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        return x + self.alpha * self.mlp(x)
