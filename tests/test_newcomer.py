@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import rezero_convert as rz
-from rezero_convert import cli
+from rezero_convert import cli, file_plan
 
 
 class Linears(nn.Module):
@@ -126,6 +126,21 @@ def test_a_norm_that_cannot_go_stops_neither_its_class_nor_the_others() -> None:
     assert norm.action == "keep"
     assert "cannot be taken out of this assignment" in norm.reason
     assert "x + self.alpha * self.f(self.n(x))" in result.text
+    assert "self.rezero_alpha * torch.relu" in result.text
+
+
+def test_one_class_that_cannot_be_rewritten_does_not_stop_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    rewrite = file_plan.source.rewrite
+
+    def picky(text: str, plan: rz.Plan, file: str) -> Any:
+        if any(site.cls == "Twice" for site in plan.edited):
+            raise rz.ConversionError("not this one")
+        return rewrite(text, plan, file)
+
+    monkeypatch.setattr(file_plan.source, "rewrite", picky)
+    result = rz.convert_source(SOURCE)
+    (refused,) = result.report.plan.of("refused")
+    assert (refused.cls, refused.code, refused.reason) == ("Twice", "RZ912", "not this one")
     assert "self.rezero_alpha * torch.relu" in result.text
 
 
