@@ -144,6 +144,16 @@ def test_one_error(data: bytes, said: str, folder: Path, capsys: pytest.CaptureF
     assert os.listdir(folder) == ["net.py"]
 
 
+def test_deep_expressions_that_python_compiles_are_fine(folder: Path) -> None:
+    deep = "y = " + "lambda: " * 1500 + "1\n"
+    (folder / "net.py").write_text(NET + deep)
+    assert cli.main(["net.py", "--write", "-q"]) == 0
+    text = (folder / "net.py").read_text()
+    compile(text, "net.py", "exec")
+    assert text.endswith(deep)
+    assert "self.alpha *" in text
+
+
 def test_ascii_under_another_name_is_fine(folder: Path) -> None:
     (folder / "net.py").write_text("# coding: latin-1\n" + NET)
     assert cli.main(["net.py", "--write", "-q"]) == 0

@@ -150,22 +150,24 @@ def _is_element(flow: Flow, node: int) -> bool:
 
 
 def calls(flow: Flow) -> Iterator[int]:
-    """The runs of norm modules; what one calls of its base class, `super().forward(x)`, is part of its run."""
-    whole = set(flow.steps.values())
-    for node in range(len(flow.nodes)):
-        part = node not in flow.steps and is_within(flow.origin(node).call, whole)
-        if flow.facts[node].kind == "norm" and path_of(flow, node) and not part:
-            yield node
+    """The runs of norm modules."""
+    return (node for node in _runs(flow) if path_of(flow, node))
 
 
 def functional(flow: Flow) -> Iterator[int]:
     """The runs of norms without a module, in code that somebody wrote."""
+    for node in _runs(flow):
+        frames = flow.origin(node).frames
+        if frames and frames[-1].span not in flow.trace.generated and not path_of(flow, node):
+            yield node
+
+
+def _runs(flow: Flow) -> Iterator[int]:
+    """The runs of norms; what one calls of its base class, `super().forward(x)`, is part of its run."""
     whole = set(flow.steps.values())
     for node in range(len(flow.nodes)):
-        frames = flow.origin(node).frames
-        written = bool(frames) and frames[-1].span not in flow.trace.generated
         part = node not in flow.steps and is_within(flow.origin(node).call, whole)
-        if written and not part and flow.facts[node].kind == "norm" and not path_of(flow, node):
+        if flow.facts[node].kind == "norm" and not part:
             yield node
 
 
