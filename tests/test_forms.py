@@ -1181,6 +1181,64 @@ def test_a_zero_initialised_last_layer_is_repaired(make: Any, x: Tensor, paramet
     assert plan(make(), x, alpha_init="preserve").converted[0].repairs == ()
 
 
+class ZeroProduct(Net):
+    """A branch that ends in a product with a bare parameter, or a buffer, which is zero."""
+
+    def __init__(self, forward: Any, weight: Tensor) -> None:
+        super().__init__(a=nn.Linear(W, W), gate=nn.Linear(W, W))
+        self.b, self.last = nn.Parameter(torch.zeros(W)), weight
+        if not isinstance(weight, nn.Parameter):
+            del self.last
+            self.register_buffer("last", weight)
+        self.body = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(self, torch.relu(self.a(x)))
+
+
+PRODUCTS: dict[str, Any] = {
+    "matmul": lambda net, h: h @ net.last,
+    "transposed": lambda net, h: h @ net.last.t(),
+    "functional": lambda net, h: F.linear(h, net.last, net.b),
+    "functional, transposed": lambda net, h: F.linear(h, net.last.t()),
+    "einsum": lambda net, h: torch.einsum("...i,io->...o", h, net.last),
+    "addmm": lambda net, h: torch.addmm(net.b, h, net.last),
+    "bias behind": lambda net, h: h @ net.last + net.b,
+    "gated": lambda net, h: torch.sigmoid(net.gate(h)) * (h @ net.last),
+    "activated": lambda net, h: torch.relu(h @ net.last),
+}
+
+
+@pytest.mark.parametrize("forward", PRODUCTS.values(), ids=PRODUCTS)
+def test_a_zero_parameter_that_the_branch_is_multiplied_by_is_repaired(forward: Any) -> None:
+    model, x = nn.Sequential(Plain(), ZeroProduct(forward, nn.Parameter(torch.zeros(W, W)))), torch.randn(3, W)
+    converted = rz.convert(model, x)
+    assert len(list(rz.alphas(converted))) == 2
+    last = converted.get_parameter("1.last")
+    assert last.any()
+    assert not torch.equal(last, torch.ones(W, W))
+    assert not model.get_parameter("1.last").any()
+
+
+@pytest.mark.parametrize("forward", PRODUCTS.values(), ids=PRODUCTS)
+def test_a_zero_buffer_that_the_branch_is_multiplied_by_leaves_that_block_alone(forward: Any) -> None:
+    model, x = nn.Sequential(Plain(), ZeroProduct(forward, torch.zeros(W, W))), torch.randn(3, W)
+    left = next(site for site in plan(model, x).sites if site.path == "1")
+    assert (left.verdict, left.code, left.gates) == ("refused", "RZ913", ())
+    assert "1.last" in left.reason
+    assert [name for name, _ in rz.alphas(rz.convert(model, x))] == ["0.alpha"]
+
+
+def test_a_zero_part_of_a_weight_that_is_not_zero_is_left() -> None:
+    delta = nn.Parameter(torch.zeros(W, W))
+    for forward in (
+        lambda net, h: F.linear(h, net.gate.weight + net.last),
+        lambda net, h: h @ (net.gate.weight + net.last),
+    ):
+        (site,) = plan(ZeroProduct(forward, delta), torch.randn(3, W)).converted
+        assert site.repairs == ()
+
+
 def test_a_zero_layer_beside_the_branch_is_not_touched() -> None:
     model = nn.Sequential(Plain(), nn.Linear(W, W))
     nn.init.zeros_(model[1].weight)

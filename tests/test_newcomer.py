@@ -375,3 +375,46 @@ def test_modules_that_did_not_run_are_named() -> None:
     (note,) = rz.audit(Partly(), x).plan.notes
     assert note.startswith("did not run, and is not judged: a, bs.{2,3};")
     assert not rz.audit(FirstNorm(), x).plan.notes
+
+
+ZERO_PARAMETERS = """
+import torch
+from torch import nn
+
+
+class Made(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.v = nn.Parameter(torch.randn(8, 8))
+        self.w = nn.Parameter(torch.zeros(8, 8))
+
+    def forward(self, x):
+        return x + torch.relu(x @ self.v) @ self.w
+
+
+class Filled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.v = nn.Parameter(torch.randn(8, 8))
+        self.w = nn.Parameter(torch.empty(8, 8))
+        nn.init.zeros_(self.w)
+
+    def forward(self, x):
+        return x + torch.relu(x @ self.v) @ self.w
+"""
+
+
+@pytest.mark.parametrize("cls", ["Made", "Filled"])
+def test_a_zero_parameter_of_a_file_gets_a_start_value_of_its_own(cls: str, tmp_path: Path) -> None:
+    file = tmp_path / f"zeros_{cls.lower()}.py"
+    file.write_text(ZERO_PARAMETERS)
+    scope: dict[str, Any] = {"__name__": "zeros"}
+    exec(compile(ZERO_PARAMETERS, str(file), "exec"), scope)
+    x = torch.randn(2, 8)
+    made = rz.convert_source(ZERO_PARAMETERS, file=str(file), model=scope[cls](), example_inputs=x)
+    exec(made.text, scope)
+    model = scope[cls]()
+    assert torch.equal(model(x), x)
+    model(x).sum().backward()
+    assert model.alpha.grad.count_nonzero()
+    assert 0 < model.w.abs().max() < 1

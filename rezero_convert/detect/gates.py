@@ -14,7 +14,7 @@ from .. import sources
 from ..capture.trace import Call
 from ..plan import Repair, RepairKind
 from . import code
-from .blocks import Branch
+from .blocks import Branch, has_weight
 from .flow import Flow
 from .patterns import POINTWISE
 from .sums import weight
@@ -24,6 +24,14 @@ _ZERO_ACTIVATIONS = _ZERO_AT_ZERO | frozenset(
     "relu6 leaky_relu leakyrelu gelu silu mish elu selu celu hardswish".split()
 )
 _GATE_STEPS = frozenset({"mul", "div"})
+_ZERO_OF_ZEROS = frozenset("add sub cat stack sum mean abs square matmul mm bmm einsum".split())
+_WEIGHT_AND_BIAS = {
+    "batch_norm": ("weight", 3, "bias", 4),
+    **dict.fromkeys(("layer_norm", "rms_norm", "group_norm"), ("weight", 2, "bias", 3)),
+    "addmm": ("mat2", 2, "input", 0),
+    "baddbmm": ("batch2", 2, "input", 0),
+}
+"""Where functional layers take their weight and bias, by name and position; the others second and third."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +203,10 @@ def _parameters(flow: Flow, node: int) -> list[int]:
     return found
 
 
+def _paths(flow: Flow, node: int) -> list[str]:
+    return [flow.parameter(root) or "" for root in _parameters(flow, node)]
+
+
 def _vanishes_with(flow: Flow, node: int, root: int) -> bool:
     """Whether a value computed from one parameter is zero when that is."""
     while node != root:
@@ -208,12 +220,13 @@ def _vanishes_with(flow: Flow, node: int, root: int) -> bool:
 
 
 def _value(flow: Flow, node: int) -> torch.Tensor | None:
-    """What pointwise operations make of live parameters now; None if that cannot be said."""
+    """What pointwise operations and products make of live parameters now; None if that cannot be said."""
     target = flow.nodes[node]
     if target.op == "get_attr":
         value = parameter(flow, str(target.target))
         return None if value is None or value.is_meta else value.detach().clone()
-    if target.op == "call_module" or not (flow.name(node) in POINTWISE or flow.facts[node].kind == "layout"):
+    known = flow.name(node) in POINTWISE or flow.name(node) in ("matmul", "mm") or flow.facts[node].kind == "layout"
+    if target.op == "call_module" or not known:
         return None
     sources = {source: _value(flow, flow.index[source]) for source in target.all_input_nodes}
     if any(value is None for value in sources.values()):
@@ -254,7 +267,7 @@ def repairs(flow: Flow, branch: Branch) -> Iterator[Repair]:
         elif node in flow.steps or target.op == "call_module":
             path = flow.steps[node].path if node in flow.steps else str(target.target)
             yield from _layer_repairs(flow, path, flow.facts[node].kind)
-        elif flow.facts[node].kind in ("linear", "norm"):
+        elif flow.facts[node].kind in ("linear", "norm") or has_weight(flow, node):
             yield from _function_repairs(flow, node)
 
 
@@ -263,13 +276,16 @@ def _factors(flow: Flow, product: int, branch: Branch) -> Iterator[int]:
     for node in flow.inputs[product]:
         while node in branch.region[1:] and _keeps_zero(flow, node):
             (node,) = flow.inputs[node]
-        if node in branch.region[1:] and node not in branch.cuts and flow.facts[node].kind == "linear":
+        if node in branch.region[1:] and node not in branch.cuts and has_weight(flow, node):
             yield node
 
 
 def _keeps_zero(flow: Flow, node: int) -> bool:
-    kind, name = flow.facts[node].kind, flow.name(node).lower()
-    return len(flow.inputs[node]) == 1 and (kind in ("layout", "dropout") or name in _ZERO_ACTIVATIONS)
+    return len(flow.inputs[node]) == 1 and _passes_zero(flow, node)
+
+
+def _passes_zero(flow: Flow, node: int) -> bool:
+    return flow.facts[node].kind in ("layout", "dropout") or flow.name(node).lower() in _ZERO_ACTIVATIONS
 
 
 def _written_repairs(flow: Flow, node: int) -> Iterator[Repair]:
@@ -328,30 +344,32 @@ def _layer_repairs(flow: Flow, path: str, kind: str) -> Iterator[Repair]:
 
 
 def _function_repairs(flow: Flow, node: int) -> Iterator[Repair]:
-    """A functional layer whose weight is a zero parameter, or computed as a product with one (NF-ResNet's `gain`)."""
+    """A functional layer or a product with a matrix, which is a zero parameter or computed as a product with one
+    (NF-ResNet's `gain`)."""
     weight = _weight_of(flow, node)
-    if weight is None:
+    now = _value(flow, weight) if weight is not None else None
+    if weight is None or not (now is None or is_zero(now)):
         return
+    layer = flow.facts[node].kind in ("linear", "norm")
     for root in _parameters(flow, weight):
         path = flow.parameter(root) or ""
         value = parameter(flow, path)
-        if isinstance(value, nn.Parameter) and is_zero(value):
-            yield Repair(path, "reset" if root == weight and flow.facts[node].kind == "linear" else "ones")
+        alone = _vanishes_with(flow, weight, root)
+        if (alone or layer) and isinstance(value, nn.Parameter) and is_zero(value):
+            yield Repair(path, "reset" if alone and flow.facts[node].kind != "norm" else "ones")
 
 
 def _weight_of(flow: Flow, node: int) -> int | None:
-    """The constant operand that a functional layer multiplies by, if no other operand adds to the result."""
+    """The constant operand that a functional layer or a matrix product multiplies by, if nothing is added to that."""
     target = flow.nodes[node]
-    others = [target.kwargs.get(name) for name in ("weight", "bias")]
-    place = (
-        3
-        if flow.name(node) == "batch_norm"
-        else 2
-        if flow.name(node) in ("layer_norm", "rms_norm", "group_norm")
-        else 1
-    )
-    given = [others[0] or (target.args[place] if len(target.args) > place else None)]
-    given.append(others[1] or (target.args[place + 1] if len(target.args) > place + 1 else None))
+    if flow.facts[node].kind not in ("linear", "norm"):
+        weights = [source for source in flow.inputs[node] if flow.constant[source]]
+        return weights[0] if len(weights) == 1 else None
+    name, place, other, behind = _WEIGHT_AND_BIAS.get(flow.name(node), ("weight", 1, "bias", 2))
+    given = [
+        target.kwargs.get(key) or (target.args[position] if len(target.args) > position else None)
+        for key, position in ((name, place), (other, behind))
+    ]
     weight, bias = (flow.index[value] if isinstance(value, fx.Node) else None for value in given)
     if bias is not None and not all(
         is_zero(parameter(flow, flow.parameter(root) or "")) for root in _parameters(flow, bias)
@@ -375,21 +393,33 @@ def held_at_zero(flow: Flow, branch: Branch, repaired: Collection[str]) -> str |
     """
     zero: dict[int, str] = {}
     for node in branch.region[1:]:
-        target, inputs = flow.nodes[node], flow.inputs[node]
-        sources = [source for source in inputs if not flow.constant[source]]
-        if _computing_layer(flow, node) == node and f"{target.target}.weight" not in repaired:
-            zero[node] = str(target.target)
-        elif flow.name(node) == "mul" and node not in flow.steps:
-            if 0 in [arg for arg in target.args if isinstance(arg, (int, float))]:
-                zero[node] = "the factor 0"
-            for source in inputs:
-                if flow.constant[source] and is_zero(_value(flow, source)):
-                    zero[node] = ", ".join(flow.parameter(root) or "" for root in _parameters(flow, source))
-                elif source in zero:
-                    zero[node] = zero[source]
-        elif flow.facts[node].kind in ("layout", "dropout") and len(sources) == 1 and sources[0] in zero:
-            zero[node] = zero[sources[0]]
+        cause = _held(flow, node, zero, repaired)
+        if cause is not None:
+            zero[node] = cause
     return zero.get(branch.term.value)
+
+
+def _held(flow: Flow, node: int, zero: dict[int, str], repaired: Collection[str]) -> str | None:
+    """What makes a value zero, given the values before it that are."""
+    target, inputs = flow.nodes[node], flow.inputs[node]
+    moving = [source for source in inputs if not flow.constant[source]]
+    if _computing_layer(flow, node) == node and f"{target.target}.weight" not in repaired:
+        return str(target.target)
+    if target.op == "call_module" or node in flow.steps:
+        return zero.get(moving[0]) if len(moving) == 1 and _passes_zero(flow, node) else None
+    product = flow.name(node) == "mul" or has_weight(flow, node)
+    if flow.name(node) == "mul" and 0 in [arg for arg in target.args if isinstance(arg, (int, float))]:
+        return "the factor 0"
+    layer = flow.facts[node].kind in ("linear", "norm")
+    weight = _weight_of(flow, node) if layer else None
+    factors = inputs if product and not layer else () if weight is None else (weight,)
+    for source in factors:
+        paths = _paths(flow, source) if flow.constant[source] and is_zero(_value(flow, source)) else []
+        if source in zero or (paths and not set(paths) & set(repaired)):
+            return zero.get(source, ", ".join(paths))
+    passes = _passes_zero(flow, node) or flow.name(node) in _ZERO_OF_ZEROS
+    held = all(source in zero or (flow.constant[source] and is_zero(_value(flow, source))) for source in inputs)
+    return zero[moving[0]] if moving and passes and held else None
 
 
 def is_zero(value: object) -> bool:
