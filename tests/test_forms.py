@@ -1387,3 +1387,74 @@ def test_the_site_names_its_place() -> None:
     assert site.place.qualname == "Plain.forward"
     assert site.text.strip() == "return x + self.f(x)"
     assert (site.skip, site.gates[0].branch) == ("x", "self.f(x)")
+
+
+class Product(Net):
+    """What is added to a branch is a product of the input."""
+
+    def __init__(self, product: Any) -> None:
+        super().__init__(a=nn.Linear(W, W), b=nn.Linear(W, 6))
+        self.w, self.square = nn.Parameter(torch.randn(W, 6)), nn.Parameter(torch.randn(W, W))
+        self.cube = nn.Parameter(torch.randn(W, W, 6))
+        self.product = product
+
+    def forward(self, x: Tensor, *y: Tensor) -> Tensor:
+        return self.product(self, x, *y) + self.b(torch.relu(self.a(x)))
+
+
+PROJECTIONS: dict[str, Any] = {
+    "matmul": lambda net, x: x @ net.w,
+    "einsum": lambda net, x: torch.einsum("bi,io->bo", x, net.w),
+    "functional": lambda net, x: F.linear(x, net.w.t()),
+    "tensordot": lambda net, x: torch.tensordot(x, net.w, 1),
+    "convolution": lambda net, x: F.conv1d(x[:, :, None], net.w.t()[:, :, None])[:, :, 0],
+}
+
+
+@pytest.mark.parametrize("product", PROJECTIONS.values(), ids=PROJECTIONS)
+def test_a_product_with_a_parameter_is_a_projection_shortcut(product: Any) -> None:
+    model, x = Product(product), torch.randn(3, W)
+    site = block(model, x)
+    assert (site.code, site.skip_kind) == ("RZ102", "projection")
+    assert torch.equal(rz.convert(model, x)(x), product(model, x))
+
+
+@pytest.mark.parametrize(
+    ("product", "inputs"),
+    [
+        (lambda net, x, y: x @ y, (torch.randn(3, W), torch.randn(W, 6))),
+        (lambda net, x: torch.einsum("bi,bj,ijo->bo", x, x, net.cube), (torch.randn(3, W),)),
+        (lambda net, x: (x @ net.square) @ (x.t() @ x)[:, :6], (torch.randn(3, W),)),
+    ],
+    ids=["input", "square", "scores"],
+)
+def test_a_product_with_anything_else_is_no_skip(product: Any, inputs: tuple[Tensor, ...]) -> None:
+    model = Product(product)
+    (site,) = [one for one in plan(model, *inputs).sites if one.path == ""]
+    assert (site.verdict, site.code) == ("refused", "RZ901")
+
+
+def test_a_product_of_the_same_shape_is_a_parallel_path() -> None:
+    class Square(Product):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # the one input
+            return x @ self.square + torch.relu(self.a(x))
+
+    (site,) = plan(Square(None), torch.randn(3, W)).sites
+    assert (site.verdict, site.code) == ("refused", "RZ903")
+
+
+class RelativeScores(Net):
+    """The scores of an attention, with those of learned positions."""
+
+    def __init__(self) -> None:
+        super().__init__(q=nn.Linear(W, W), k=nn.Linear(W, W))
+        self.positions = nn.Parameter(torch.randn(W, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x)
+        return q @ self.positions + q @ self.k(x).t()
+
+
+def test_scores_of_positions_are_no_skip() -> None:
+    (site,) = plan(RelativeScores(), torch.randn(3, W)).sites
+    assert site.verdict == "refused"
