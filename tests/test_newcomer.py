@@ -418,3 +418,66 @@ def test_a_zero_parameter_of_a_file_gets_a_start_value_of_its_own(cls: str, tmp_
     model(x).sum().backward()
     assert model.alpha.grad.count_nonzero()
     assert 0 < model.w.abs().max() < 1
+
+
+ARMS = """
+import torch
+from torch import nn
+
+
+def on_a_part(x, f):
+    return torch.index_add(x, 0, torch.arange(1), f(x[:1]), alpha=2.0)
+
+
+class Block(nn.Module):
+    def __init__(self, rate):
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.f = nn.Linear(8, 8)
+        self.drop = nn.Dropout(rate)
+        self.rate = rate
+
+    def forward(self, x):
+        def branch(x):
+            return torch.tanh(self.f(self.norm(x)))
+
+        if self.training and self.rate > 0.5:
+            x = on_a_part(x, branch)
+        elif self.training and self.rate > 0:
+            x = x + self.drop(branch(x))
+        else:
+            x = x + branch(x)
+        return x
+
+
+class Net(nn.Module):
+    def __init__(self, rate=0.0):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(rate) for _ in range(2))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+"""
+
+
+def test_the_report_of_arms_says_what_is_done(tmp_path: Path) -> None:
+    """The norm before both arms also serves a third one, which gets no gate: it stays, in memory and in the file."""
+    file = tmp_path / "arms.py"
+    file.write_text(ARMS)
+    scope: dict[str, Any] = {"__name__": "arms"}
+    exec(compile(ARMS, str(file), "exec"), scope)
+    model, x = scope["Net"](), torch.randn(3, 8)
+    made = rz.convert_source(ARMS, file=str(file), model=model, example_inputs=x)
+    for report in (made.report, rz.audit(model, x)):
+        assert len(report.plan.converted) == 2
+        assert "4 gates" not in str(report)
+        assert "2 gates, 0 norms dropped" in str(report)
+        assert {site.path for site in report.plan.edited} == {"blocks.0", "blocks.1"}
+        assert {norm.action for site in report.plan.edited for norm in site.norms} == {"keep"}
+    assert "torch.tanh(self.f(self.norm(x)))" in made.text
+    assert "x + self.alpha_f * self.drop(branch(x))" in made.text
+    assert "x + self.alpha_f * branch(x)" in made.text
+    exec(made.text, scope)
+    assert rz.convert(model, x).state_dict().keys() == scope["Net"]().state_dict().keys()
