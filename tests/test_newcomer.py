@@ -481,3 +481,148 @@ def test_the_report_of_arms_says_what_is_done(tmp_path: Path) -> None:
     assert "x + self.alpha_f * branch(x)" in made.text
     exec(made.text, scope)
     assert rz.convert(model, x).state_dict().keys() == scope["Net"]().state_dict().keys()
+
+
+COUNTING = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, n=5):
+        super().__init__()
+        self.n = n
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(n))
+
+    def forward(self, x):
+        x = self.layers[0](x) * 0.5
+        for i in {walk}:
+            x = x + torch.tanh(self.layers[{at}](x))
+        return x
+"""
+
+
+@pytest.mark.parametrize(
+    ("walk", "index", "count"),
+    [
+        ("range(self.n)", "i", 5),
+        ("range(1, self.n)", "i - 1", 4),
+        ("range(1, len(self.layers))", "i - 1", 4),
+        ("reversed(range(1, self.n))", "i - 1", 4),
+        ("range(0, self.n, 2)", "i // 2", 3),
+        ("range(1, self.n, 3)", "(i - 1) // 3", 2),
+        ("range(self.n - 1, -1, -1)", "i", 5),
+    ],
+)
+def test_a_loop_by_number_may_start_and_step_anywhere(walk: str, index: str, count: int, tmp_path: Path) -> None:
+    text = COUNTING.replace("{walk}", walk).replace("{at}", "i")
+    file = tmp_path / "counting.py"
+    file.write_text(text)
+    scope: dict[str, Any] = {"__name__": "counting"}
+    exec(compile(text, str(file), "exec"), scope)
+    model, x = scope["Net"](), torch.randn(2, 8)
+    live, preserved = rz.convert(model, x), rz.convert(model, x, alpha_init="preserve")
+    assert [name for name, _ in rz.alphas(live)] == [f"alpha.{number}" for number in range(count)]
+    assert torch.equal(preserved(x), model(x))
+    for made in (rz.convert_source(text), rz.convert_source(text, file=str(file), model=model, example_inputs=x)):
+        assert f"x + self.alpha[{index}] * torch.tanh(" in made.text
+        exec(made.text, scope)
+        twin = scope["Net"]()
+        for number, (_, alpha) in enumerate(rz.alphas(live)):
+            torch.nn.init.constant_(alpha, 0.1 + number)
+        twin.load_state_dict(live.state_dict())
+        assert torch.equal(twin(x), live(x))
+
+
+@pytest.mark.parametrize(
+    ("walk", "at"), [("range(1, self.n)", "i - 1"), ("range(self.n - 1, 0, -1)", "i"), ("range(self.n - 2, 5)", "i")]
+)
+def test_a_loop_by_number_that_is_not_followed_is_refused(walk: str, at: str) -> None:
+    text = COUNTING.replace("{walk}", walk).replace("{at}", at)
+    made = rz.convert_source(text)
+    assert [site.code for site in made.report.plan.sites] == ["RZ911"]
+    assert made.text == text
+
+
+STAGES = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stages = nn.ModuleList(nn.ModuleList(nn.Linear(8, 8) for _ in range(2)) for _ in range(3))
+
+    def forward(self, x):
+        for i in range(1, len(self.stages)):
+            for f in self.stages[i]:
+                x = x + torch.tanh(f(x))
+        return x
+"""
+
+
+def test_an_outer_loop_by_number_may_start_anywhere(tmp_path: Path) -> None:
+    file = tmp_path / "stages.py"
+    file.write_text(STAGES)
+    scope: dict[str, Any] = {"__name__": "stages"}
+    exec(compile(STAGES, str(file), "exec"), scope)
+    model, x = scope["Net"](), torch.randn(2, 8)
+    live = rz.convert(model, x)
+    exec(rz.convert_source(STAGES).text, scope)
+    assert [name for name, _ in rz.alphas(live)] == ["alpha.0.0", "alpha.0.1", "alpha.1.0", "alpha.1.1"]
+    twin = scope["Net"]()
+    twin.load_state_dict(live.state_dict())
+    assert torch.equal(twin(x), x)
+
+
+PARAMETER_LISTS = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.ws = nn.ParameterList([nn.Parameter(torch.randn(8, 8)) for _ in range(3)])
+        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(3)])
+
+    def forward(self, x):
+        {walk}
+            x = x + {branch}
+        return x
+"""
+
+
+@pytest.mark.parametrize(
+    ("walk", "branch", "walked", "count"),
+    [
+        ("for w, layer in zip(self.ws, self.layers):", "torch.tanh(layer(x @ w))", "self.layers", 3),
+        ("for w, layer in zip(self.ws, self.layers):", "torch.tanh(layer(x)) @ w", "self.ws", 3),
+        ("for w in self.ws:", "torch.tanh(x @ w)", "self.ws", 3),
+        ("for w in self.ws[1:]:", "torch.tanh(x @ w)", "self.ws[1:]", 2),
+        ("for i in range(3):", "torch.tanh(x @ self.ws[i])", "self.ws", 3),
+    ],
+)
+def test_a_list_of_parameters_is_walked_alike_on_every_route(
+    walk: str, branch: str, walked: str, count: int, tmp_path: Path
+) -> None:
+    text = PARAMETER_LISTS.replace("{walk}", walk).replace("{branch}", branch)
+    file = tmp_path / "lists.py"
+    file.write_text(text)
+    scope: dict[str, Any] = {"__name__": "lists"}
+    exec(compile(text, str(file), "exec"), scope)
+    model, x = scope["Net"](), torch.randn(2, 8)
+    exact: dict[str, Any] = {"file": str(file), "model": model, "example_inputs": x}
+    for report in (rz.audit(model, x), rz.audit_source(text), rz.audit_source(text, **exact)):
+        ((gate,),) = [site.gates for site in report.plan.converted]
+        assert [loop.modules for loop in gate.loops] == [walked]
+    live = rz.convert(model, x)
+    assert [name for name, _ in rz.alphas(live)] == [f"alpha.{number}" for number in range(count)]
+    for made in (rz.convert_source(text), rz.convert_source(text, **exact)):
+        exec(made.text, scope)
+        twin = scope["Net"]()
+        for number, (_, alpha) in enumerate(rz.alphas(live)):
+            torch.nn.init.constant_(alpha, 0.1 + number)
+        twin.load_state_dict(live.state_dict())
+        assert torch.equal(twin(x), live(x))
