@@ -405,19 +405,27 @@ class Filled(nn.Module):
 
 
 @pytest.mark.parametrize("cls", ["Made", "Filled"])
-def test_a_zero_parameter_of_a_file_gets_a_start_value_of_its_own(cls: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("run", [False, True])
+def test_a_zero_parameter_of_a_file_gets_a_start_value_of_its_own(cls: str, run: bool, tmp_path: Path) -> None:
     file = tmp_path / f"zeros_{cls.lower()}.py"
     file.write_text(ZERO_PARAMETERS)
     scope: dict[str, Any] = {"__name__": "zeros"}
     exec(compile(ZERO_PARAMETERS, str(file), "exec"), scope)
     x = torch.randn(2, 8)
-    made = rz.convert_source(ZERO_PARAMETERS, file=str(file), model=scope[cls](), example_inputs=x)
+    exact: dict[str, Any] = {"model": scope[cls](), "example_inputs": x} if run else {}
+    made = rz.convert_source(ZERO_PARAMETERS, file=str(file), **exact)
     exec(made.text, scope)
     model = scope[cls]()
     assert torch.equal(model(x), x)
     model(x).sum().backward()
     assert model.alpha.grad.count_nonzero()
     assert 0 < model.w.abs().max() < 1
+
+
+def test_a_zero_parameter_that_the_file_fills_later_is_left() -> None:
+    text = ZERO_PARAMETERS.replace("torch.empty", "torch.zeros").replace("nn.init.zeros_", "nn.init.xavier_uniform_")
+    text = text[: text.index("class Made")] + text[text.index("class Filled") :]
+    assert "kaiming" not in rz.convert_source(text).text
 
 
 ARMS = """

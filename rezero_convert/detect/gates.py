@@ -291,6 +291,10 @@ def _passes_zero(flow: Flow, node: int) -> bool:
 def _written_repairs(flow: Flow, node: int) -> Iterator[Repair]:
     """A layer that some statement of the file fills with zeros, perhaps under a condition."""
     kind, frames = flow.facts[node].kind, flow.origin(node).frames
+    bare = _written_parameter(flow, node) if frames and has_weight(flow, node) else ""
+    if bare:
+        yield Repair(bare, "reset", certain=False, owner=_owner(flow, bare, frames[0].span.file))
+        return
     if kind not in ("norm", "linear") or not frames or flow.nodes[node].op == "get_attr":
         return
     path = flow.steps[node].path if node in flow.steps else str(flow.nodes[node].target)
@@ -301,12 +305,31 @@ def _written_repairs(flow: Flow, node: int) -> Iterator[Repair]:
         )
         path = path.removesuffix(".weight")
     if path and _is_written_zero(flow, node, path, kind):
-        holders = [call for call in flow.trace.calls if call.path and path.startswith(f"{call.path}.")]
-        here = [call for call in holders if sources.class_of(frames[0].span.file, call.cls) is not None]
-        within = max(here, key=lambda call: len(call.path), default=None)
-        owner = None if within is None else (within.path, within.cls)
         undone: RepairKind = "ones" if kind == "norm" else "unwrap" if _is_wrapped(flow, node) else "reset"
+        owner = _owner(flow, path, frames[0].span.file)
         yield Repair(f"{path}.weight", undone, certain=False, owner=owner)
+
+
+def _owner(flow: Flow, path: str, file: str) -> tuple[str, str] | None:
+    """Path and class of the innermost module of the file that holds a layer or parameter, the root aside."""
+    holders = [call for call in flow.trace.calls if call.path and path.startswith(f"{call.path}.")]
+    here = [call for call in holders if sources.class_of(file, call.cls) is not None]
+    within = max(here, key=lambda call: len(call.path), default=None)
+    return None if within is None else (within.path, within.cls)
+
+
+def _written_parameter(flow: Flow, node: int) -> str:
+    """The path of the parameter that a value is multiplied by, if its class makes it zero by the text; else ""."""
+    weight = _weight_of(flow, node) if flow.nodes[node].op != "call_module" and node not in flow.steps else None
+    roots = _parameters(flow, weight) if weight is not None else []
+    if weight is None or len(roots) != 1 or not _vanishes_with(flow, weight, roots[0]):
+        return ""
+    frame, path = flow.origin(node).frames[-1], flow.parameter(roots[0]) or ""
+    name = path.removeprefix(f"{frame.owner}." if frame.owner else "")
+    made = _as_written(flow.nodes[roots[0]].meta.get("constructor", ""))[1]
+    again = any(other.endswith(name) and not zero for other, zero in code.filled(frame.place.file))
+    zero = (made and not again) or code.is_zeroed_by(frame.place.file, frame.place.cls, name)
+    return path if zero and "." not in name else ""
 
 
 def _is_wrapped(flow: Flow, node: int) -> bool:
