@@ -370,16 +370,18 @@ def _function_repairs(flow: Flow, node: int) -> Iterator[Repair]:
     """A functional layer or a product with a matrix, which is a zero parameter or computed as a product with one
     (NF-ResNet's `gain`)."""
     weight = _weight_of(flow, node)
-    now = _value(flow, weight) if weight is not None else None
+    roots = _parameters(flow, weight) if weight is not None else []
+    values = {root: parameter(flow, flow.parameter(root) or "") for root in roots}
+    zero = [root for root, value in values.items() if isinstance(value, nn.Parameter) and is_zero(value)]
+    now = _value(flow, weight) if weight is not None and zero else None
     if weight is None or not (now is None or is_zero(now)):
         return
     layer = flow.facts[node].kind in ("linear", "norm")
-    for root in _parameters(flow, weight):
-        path = flow.parameter(root) or ""
-        value = parameter(flow, path)
+    for root in zero:
         alone = _vanishes_with(flow, weight, root)
-        if (alone or layer) and isinstance(value, nn.Parameter) and is_zero(value):
-            yield Repair(path, "reset" if alone and flow.facts[node].kind != "norm" else "ones")
+        if alone or layer:
+            how: RepairKind = "reset" if alone and flow.facts[node].kind != "norm" else "ones"
+            yield Repair(flow.parameter(root) or "", how)
 
 
 def _weight_of(flow: Flow, node: int) -> int | None:
@@ -437,12 +439,20 @@ def _held(flow: Flow, node: int, zero: dict[int, str], repaired: Collection[str]
     weight = _weight_of(flow, node) if layer else None
     factors = inputs if product and not layer else () if weight is None else (weight,)
     for source in factors:
-        paths = _paths(flow, source) if flow.constant[source] and is_zero(_value(flow, source)) else []
+        paths = _paths(flow, source) if flow.constant[source] and _is_zero_now(flow, source) else []
         if source in zero or (paths and not set(paths) & set(repaired)):
             return zero.get(source, ", ".join(paths))
-    passes = _passes_zero(flow, node) or flow.name(node) in _ZERO_OF_ZEROS
-    held = all(source in zero or (flow.constant[source] and is_zero(_value(flow, source))) for source in inputs)
-    return zero[moving[0]] if moving and passes and held else None
+    if not moving or not (_passes_zero(flow, node) or flow.name(node) in _ZERO_OF_ZEROS):
+        return None
+    held = all(source in zero or (flow.constant[source] and _is_zero_now(flow, source)) for source in inputs)
+    return zero[moving[0]] if held else None
+
+
+def _is_zero_now(flow: Flow, node: int) -> bool:
+    """Whether a constant is zero now. What is computed from matrices is looked at only if one of them is zero."""
+    roots = [parameter(flow, path) for path in _paths(flow, node)]
+    matrices = any(value is not None and value.numel() > max(value.shape, default=1) for value in roots)
+    return (any(map(is_zero, roots)) or not matrices) and is_zero(_value(flow, node))
 
 
 def is_zero(value: object) -> bool:
