@@ -15,7 +15,7 @@ from .capture import capture, check_runs, static
 from .detect import detect, outside
 from .errors import ConversionError
 from .methods import METHODS, by_depth
-from .plan import Norm, Options, Plan, Repair, Site, Span
+from .plan import Norm, Options, Plan, Repair, Site, Span, tail
 from .rewrite import source
 from .rewrite.norms import NormStays
 
@@ -58,7 +58,7 @@ def recorded(text: str, file: str, model: nn.Module, example_inputs: Any, option
     here = [_in_file(site, file) for site in plan.sites if site.span and os.path.realpath(site.span.file) == own]
     agreed = list(_agreed(here))
     lost = frozenset(_norm_calls(here)) - frozenset(_norm_calls(agreed))
-    kept = frozenset(plan.kept_calls) | {(span, path.rpartition(".")[2]) for span, path in lost}
+    kept = frozenset(plan.kept_calls) | {(span, tail(path)) for span, path in lost}
     here = [_norms_of_text(site, kept) for site in agreed]
     made = {base.__qualname__ for module in model.modules() for base in type(module).__mro__}
     ran = {site.span for site in here}
@@ -113,7 +113,7 @@ def _norm_calls(sites: Iterable[Site]) -> Iterator[tuple[Span, str]]:
 def _kept_in(sites: Iterable[Site]) -> frozenset[tuple[Span, str]]:
     """The calls of norms that some block keeps: other blocks with the same call keep them, too."""
     norms = [norm for site in sites if site.verdict == "converted" for norm in site.norms if norm.action == "keep"]
-    return frozenset((norm.at.span, norm.path.rpartition(".")[2]) for norm in norms if norm.at is not None)
+    return frozenset((norm.at.span, tail(norm.path)) for norm in norms if norm.at is not None)
 
 
 def _kinds(sites: Iterable[Site]) -> dict[Span, str]:
@@ -126,7 +126,7 @@ def _norms_of_text(site: Site, kept: frozenset[tuple[Span, str]]) -> Site:
     def settled(norm: Norm) -> Norm:
         if norm.action == "keep" or norm.at is None:
             return norm
-        if (norm.at.span, norm.path.rpartition(".")[2]) in kept:
+        if (norm.at.span, tail(norm.path)) in kept:
             return dataclasses.replace(norm, action="keep", reason="the same call serves a use that keeps the norm")
         inside = norm.path.startswith(f"{site.path}." if site.path else "")
         several = inside and "*" in norm.path.removeprefix(site.path) and not any(gate.loops for gate in site.gates)

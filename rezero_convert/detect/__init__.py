@@ -20,7 +20,7 @@ from ..capture.trace import Frame, Trace, origin
 from ..errors import ConversionError
 from ..listing import compact
 from ..methods import METHODS, applied
-from ..plan import Gate, Norm, Options, Place, Plan, Site, Span
+from ..plan import Gate, Norm, Options, Place, Plan, Site, Span, tail
 from . import arms, code, loops, names, norms, placements, unrolled
 from .biases import headed
 from .blocks import Block, Nested, Refusal, find, owner_call
@@ -219,7 +219,7 @@ def _where(flow: Flow, node: int) -> str:
 
 
 def _kept_calls(flow: Flow, sites: Iterable[Site]) -> tuple[tuple[Span, str], ...]:
-    """The calls of norms that stay, with the last name of the norm's path.
+    """The calls of norms that stay, with the `tail` of the norm's path.
 
     A static trace of a class by itself does not tell how others use the class, so its own norms are left out there.
     """
@@ -229,7 +229,7 @@ def _kept_calls(flow: Flow, sites: Iterable[Site]) -> tuple[tuple[Span, str], ..
         path, frame = norms.path_of(flow, node), norms.frame_of(flow, node)
         alone = flow.trace.model is None and frame is not None and frame.owner == ""
         if path and path not in gone and frame is not None and not alone:
-            found[frame.span, path.rpartition(".")[2]] = None
+            found[frame.span, tail(path)] = None
     spans = {norm.at.span for site in sites for norm in site.norms if norm.action != "keep" and norm.at is not None}
     for node in norms.functional(flow):
         frames = flow.origin(node).frames
