@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ..errors import ConversionError
 from ..plan import Span
+from ..zeroing import fills_zero
 from .classes import (
     Made,
     Names,
@@ -284,8 +285,10 @@ def repair(
     found = [
         call
         for call in init_calls(source, family, attribute)
-        if _is_zero(call.call) and _is_element(call.rest, rest, source, cls, attribute)
+        if fills_zero(call.call) and _is_element(call.rest, rest, source, cls, attribute)
     ]
+    if how == "ones":
+        found = [call for call in found if isinstance(call.stmt, ast.Expr)]
     if not found:
         note = f"{source.file}:{cls.lineno}: {path} of {cls.name} starts at zero, but not by a statement found here"
         return set(), [], [note]
@@ -312,10 +315,3 @@ def _unwrapped(source: Source, value: ast.expr) -> Edit | None:
 def _refilled_like(source: Source, call: ast.Call, names: Names) -> Edit:
     edit = refilled(source, call, 1.0, names)
     return Edit(edit.start, edit.end, "1") if edit.text == "1.0" and source.text[edit.start : edit.end] == "0" else edit
-
-
-def _is_zero(call: ast.Call) -> bool:
-    tail = last_name(call.func)
-    return tail in ("zeros_", "zero_") or (
-        tail in ("constant_", "fill_") and bool(call.args) and literal(call.args[-1]) == 0
-    )
