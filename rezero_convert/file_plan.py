@@ -12,7 +12,7 @@ from torch import nn
 
 from . import sources
 from .capture import capture, check_runs, static
-from .detect import detect, outside
+from .detect import ZERO_INIT, detect, outside
 from .errors import ConversionError
 from .methods import METHODS, by_depth
 from .plan import Norm, Options, Plan, Repair, Site, Span, tail
@@ -280,13 +280,14 @@ def _distance(site: Site) -> tuple[bool, bool, bool]:
 
 
 def carried_out(text: str, plan: Plan, file: str) -> tuple[Plan, source.Rewritten]:
-    """The plan carried out; classes whose text cannot be rewritten keep their norms or, if that is not it, are refused.
+    """The plan as carried out, and the text: classes that cannot be rewritten keep their norms or are refused.
 
     Raises:
         ConversionError: the classes can be rewritten one by one, but not together.
     """
     try:
-        return plan, source.rewrite(text, plan, file)
+        made = source.rewrite(text, plan, file)
+        return _as_made(plan, made), made
     except NormStays as error:
         kept = _keeping(plan, error)
         if kept == plan:
@@ -300,7 +301,21 @@ def carried_out(text: str, plan: Plan, file: str) -> tuple[Plan, source.Rewritte
         kept = dataclasses.replace(plan, sites=tuple(_with_norms(site, cls, why) for site in plan.sites))
         refused = dataclasses.replace(plan, sites=tuple(_without_gates(site, cls, why) for site in plan.sites))
         plan = refused if _error(text, _of(kept, cls), file) else kept
-    return plan, source.rewrite(text, plan, file)
+    made = source.rewrite(text, plan, file)
+    return _as_made(plan, made), made
+
+
+def _as_made(plan: Plan, made: source.Rewritten) -> Plan:
+    """The plan less the repairs for which the text has no statement: another class may use the same name."""
+
+    def settled(site: Site) -> Site:
+        repairs = tuple(repair for repair in site.repairs if (site.span, repair) not in made.idle)
+        if repairs == site.repairs:
+            return site
+        words = [word for word in site.form.split(", ") if repairs or word != ZERO_INIT]
+        return dataclasses.replace(site, repairs=repairs, form=", ".join(words))
+
+    return dataclasses.replace(plan, sites=tuple(map(settled, plan.sites)))
 
 
 def _keeping(plan: Plan, error: NormStays) -> Plan:

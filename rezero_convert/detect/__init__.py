@@ -27,7 +27,7 @@ from .blocks import Block, Nested, Refusal, find, owner_call
 from .drafts import Draft, class_name, is_gated, of_block, relative, request, site_of, unwanted
 from .flow import Flow, flow
 
-__all__ = ["detect", "outside"]
+__all__ = ["ZERO_INIT", "detect", "outside"]
 
 
 def detect(trace: Trace, options: Options | None = None) -> Plan:
@@ -522,6 +522,10 @@ def _taken(flow: Flow, drafts: list[Draft]) -> Callable[[str, str], bool]:
     return taken
 
 
+ZERO_INIT = "zero-initialised last layer"
+"""In the form of a block."""
+
+
 def _form(site: Site) -> str:
     positions = {norm.position for norm in site.norms}
     words = [
@@ -542,7 +546,7 @@ def _form(site: Site) -> str:
     if any(gate.existing for gate in site.gates):
         words.append("existing gate")
     if any(repair.how in ("ones", "reset", "unwrap") for repair in site.repairs):
-        words.append("zero-initialised last layer")
+        words.append(ZERO_INIT)
     return ", ".join(words)
 
 

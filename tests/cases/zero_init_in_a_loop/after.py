@@ -23,8 +23,6 @@ class Convolutions(nn.Module):
         super().__init__()
         self.net = nn.Sequential(nn.Conv1d(width, width, 3, padding=1), nn.ReLU(), nn.Conv1d(width, width, 1))
         self.alpha = nn.Parameter(torch.zeros(1))
-        with torch.no_grad():
-            pass
 
     def forward(self, x):
         return x + self.alpha * self.net(x)
