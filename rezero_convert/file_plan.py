@@ -306,16 +306,15 @@ def carried_out(text: str, plan: Plan, file: str) -> tuple[Plan, source.Rewritte
 
 
 def _as_made(plan: Plan, made: source.Rewritten) -> Plan:
-    """The plan less the repairs for which the text has no statement: another class may use the same name."""
+    """The plan less the repairs for which the text has no statement, with what only a run would tell."""
 
-    def settled(site: Site) -> Site:
-        repairs = tuple(repair for repair in site.repairs if (site.span, repair) not in made.idle)
-        if repairs == site.repairs:
-            return site
-        words = [word for word in site.form.split(", ") if repairs or word != ZERO_INIT]
-        return dataclasses.replace(site, repairs=repairs, form=", ".join(words))
+    def named(site: Site, before: Site) -> Site:
+        words = [word for word in site.form.split(", ") if site.repairs or word != ZERO_INIT]
+        return site if site.repairs == before.repairs else dataclasses.replace(site, form=", ".join(words))
 
-    return dataclasses.replace(plan, sites=tuple(map(settled, plan.sites)))
+    sites = tuple(map(named, source.without(plan, made.idle).sites, plan.sites))
+    notes = made.doubts if plan.route == "static" else ()
+    return dataclasses.replace(plan, sites=sites, notes=(*plan.notes, *notes))
 
 
 def _keeping(plan: Plan, error: NormStays) -> Plan:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
-_ARGUMENTS = {"normal_": ("mean", "std"), "trunc_normal_": ("mean", "std"), "xavier_uniform_": ("gain",),
+_ARGUMENTS = {"normal_": ("mean", "std"), "xavier_uniform_": ("gain",),
               "xavier_normal_": ("gain",), "orthogonal_": ("gain",)}  # fmt: skip
 """The arguments of initialisers that fill with zeros if these are 0; a mean is 0 if it is not given."""
 

@@ -53,7 +53,7 @@ def attribute_chain(node: ast.AST) -> tuple[str, ...] | None:
     return (node.id, *reversed(parts)) if isinstance(node, ast.Name) else None
 
 
-def _chain_of_elements(node: ast.AST) -> tuple[str, ...] | None:
+def chain_of_elements(node: ast.AST) -> tuple[str, ...] | None:
     """`self.net[-1].weight` as its parts, the index as it is."""
     parts: list[str] = []
     while isinstance(node, (ast.Attribute, ast.Subscript)):
@@ -317,7 +317,7 @@ def _set_in(stmt: ast.stmt, call: ast.Call) -> list[tuple[str, ...]]:
     if not isinstance(stmt, ast.For):
         target = set_by(call)
         return [target] if target is not None else []
-    filled = [(*chain, *below) for whole, below in filled_by(stmt) if (chain := _chain_of_elements(whole))]
+    filled = [(*chain, *below) for whole, below in filled_by(stmt) if (chain := chain_of_elements(whole))]
     one = len({target[:-1] for target in filled}) == 1
     return sorted(filled, key=lambda target: target[-1] != "weight")[:1] if one else []
 
@@ -361,10 +361,10 @@ def set_by(call: ast.Call) -> tuple[str, ...] | None:
     filled = call.func.value if isinstance(call.func, ast.Attribute) else None
     if isinstance(filled, ast.Call) and last_name(filled.func) == "detach" and isinstance(filled.func, ast.Attribute):
         filled = filled.func.value
-    receiver = _chain_of_elements(filled) if filled is not None else None
+    receiver = chain_of_elements(filled) if filled is not None else None
     if receiver is not None and receiver[-1] in ("data", "weight", "bias"):
         return tuple(part for part in receiver if part != "data")
-    target = _chain_of_elements(call.args[0]) if call.args else None
+    target = chain_of_elements(call.args[0]) if call.args else None
     if target is not None and len(target) > 1:
         return tuple(part for part in target if part != "data")
     return receiver

@@ -8,6 +8,7 @@ both passes, so a class is known by its number in the file.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from ..plan import Plan, Site
 from .alphas import alpha_edits, unfold_edits
 from .classes import spelling
+from .doubts import doubts
 from .gates import arm_edits, existing_edits
 from .jobs import Asked, Jobs, check_agreement, collect, elsewhere, undecided
 from .leftovers import leftovers
@@ -34,6 +36,8 @@ class Rewritten:
     notes: tuple[str, ...] = ()
     idle: frozenset[Asked] = frozenset()
     """The repairs for which no statement is found."""
+    doubts: tuple[str, ...] = ()
+    """Where a branch may start at zero, which only a run can tell."""
 
 
 def rewrite(text: str, plan: Plan, file: str) -> Rewritten:
@@ -64,7 +68,18 @@ def rewrite(text: str, plan: Plan, file: str) -> Rewritten:
         result = result[:-1]
     new = parse(result, file)
     notes += leftovers(original, new) + undecided(plan, file) + elsewhere(plan, file)
-    return Rewritten(mark + _with_line_ends(text[len(mark) :], body, result), tuple(dict.fromkeys(notes)), idle)
+    text = mark + _with_line_ends(text[len(mark) :], body, result)
+    return Rewritten(text, tuple(dict.fromkeys(notes)), idle, tuple(doubts(original, without(plan, idle))))
+
+
+def without(plan: Plan, idle: frozenset[Asked]) -> Plan:
+    """The plan less repairs for which the text has no statement: another class may use the same name."""
+
+    def settled(site: Site) -> Site:
+        repairs = tuple(repair for repair in site.repairs if (site.span, repair) not in idle)
+        return site if repairs == site.repairs else dataclasses.replace(site, repairs=repairs)
+
+    return dataclasses.replace(plan, sites=tuple(map(settled, plan.sites)))
 
 
 def _edit_bodies(source: Source, plan: Plan) -> str:
