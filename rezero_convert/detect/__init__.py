@@ -208,7 +208,8 @@ def _settle_norms(flow: Flow, drafts: list[Draft], others: list[arms.Arm]) -> li
         where = busy.get((norm.at.span, frames[-1].owner)) if norm.at is not None and frames else None
         if where is not None and not norm.path and norm.action == "bypass":
             final[member.norm] = replace(norm, action="keep", reason=f"its text also runs outside a branch, at {where}")
-    return [replace(draft, site=_with_norms(draft, final)) if draft.members else draft for draft in drafts]
+    settled = [replace(draft, site=_with_norms(draft, final)) if draft.members else draft for draft in drafts]
+    return [replace(draft, site=_with_arms(flow, draft)) for draft in settled]
 
 
 def _where(flow: Flow, node: int) -> str:
@@ -257,6 +258,15 @@ def _with_norms(draft: Draft, final: dict[Norm, Norm]) -> Site:
     gone = {norm.path for norm in own if norm.action != "keep"}
     repairs = tuple(repair for repair in draft.site.repairs if repair.parameter.rpartition(".")[0] not in gone)
     return replace(draft.site, norms=own, repairs=repairs)
+
+
+def _with_arms(flow: Flow, draft: Draft) -> Site:
+    """The site with the norms that it has in one arm of a condition only."""
+    if draft.site.verdict != "converted":
+        return draft.site
+    known = {norm.path for norm in draft.site.norms}
+    more = (norm for norm in norms.of_one_arm(flow, draft.block) if norm.path not in known)
+    return replace(draft.site, norms=tuple(dict.fromkeys((*draft.site.norms, *more))))
 
 
 def _merge(flow: Flow, drafts: list[Draft], refusals: list[Refusal]) -> list[Draft]:
@@ -527,7 +537,7 @@ ZERO_INIT = "zero-initialised last layer"
 
 
 def _form(site: Site) -> str:
-    positions = {norm.position for norm in site.norms}
+    positions = {norm.position for norm in site.norms if norm.reason != norms.ONE_ARM}
     words = [
         {"identity": "identity skip", "projection": "projection shortcut", "slice": "skip through a slice"}.get(
             site.skip_kind, ""
