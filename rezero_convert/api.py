@@ -251,7 +251,8 @@ def audit_source(
         sum.py:5:16: refused RZ901: the operands are independent: they come from different inputs
     """
     with sources.registered(file, text):
-        return Report(_source_plan(text, file, model, example_inputs, make_options(**options)), title=file)
+        plan = _source_plan(text, file, model, example_inputs, make_options(**options))
+        return Report(file_plan.carried_out(text, plan, file)[0], title=file)
 
 
 def _source_plan(text: str, file: str, model: nn.Module | None, example_inputs: Any, options: Options) -> Plan:

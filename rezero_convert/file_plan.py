@@ -12,10 +12,10 @@ from torch import nn
 
 from . import sources
 from .capture import capture, check_runs, static
-from .detect import detect, outside
+from .detect import ZERO_INIT, detect, outside
 from .errors import ConversionError
 from .methods import METHODS, by_depth
-from .plan import Norm, Options, Plan, Repair, Site, Span
+from .plan import Norm, Options, Plan, Repair, Site, Span, tail
 from .rewrite import source
 from .rewrite.norms import NormStays
 
@@ -58,7 +58,7 @@ def recorded(text: str, file: str, model: nn.Module, example_inputs: Any, option
     here = [_in_file(site, file) for site in plan.sites if site.span and os.path.realpath(site.span.file) == own]
     agreed = list(_agreed(here))
     lost = frozenset(_norm_calls(here)) - frozenset(_norm_calls(agreed))
-    kept = frozenset(plan.kept_calls) | {(span, path.rpartition(".")[2]) for span, path in lost}
+    kept = frozenset(plan.kept_calls) | {(span, tail(path)) for span, path in lost}
     here = [_norms_of_text(site, kept) for site in agreed]
     made = {base.__qualname__ for module in model.modules() for base in type(module).__mro__}
     ran = {site.span for site in here}
@@ -113,7 +113,7 @@ def _norm_calls(sites: Iterable[Site]) -> Iterator[tuple[Span, str]]:
 def _kept_in(sites: Iterable[Site]) -> frozenset[tuple[Span, str]]:
     """The calls of norms that some block keeps: other blocks with the same call keep them, too."""
     norms = [norm for site in sites if site.verdict == "converted" for norm in site.norms if norm.action == "keep"]
-    return frozenset((norm.at.span, norm.path.rpartition(".")[2]) for norm in norms if norm.at is not None)
+    return frozenset((norm.at.span, tail(norm.path)) for norm in norms if norm.at is not None)
 
 
 def _kinds(sites: Iterable[Site]) -> dict[Span, str]:
@@ -126,7 +126,7 @@ def _norms_of_text(site: Site, kept: frozenset[tuple[Span, str]]) -> Site:
     def settled(norm: Norm) -> Norm:
         if norm.action == "keep" or norm.at is None:
             return norm
-        if (norm.at.span, norm.path.rpartition(".")[2]) in kept:
+        if (norm.at.span, tail(norm.path)) in kept:
             return dataclasses.replace(norm, action="keep", reason="the same call serves a use that keeps the norm")
         inside = norm.path.startswith(f"{site.path}." if site.path else "")
         several = inside and "*" in norm.path.removeprefix(site.path) and not any(gate.loops for gate in site.gates)
@@ -293,13 +293,14 @@ def _distance(site: Site) -> tuple[bool, bool, bool]:
 
 
 def carried_out(text: str, plan: Plan, file: str) -> tuple[Plan, source.Rewritten]:
-    """The plan carried out; classes whose text cannot be rewritten keep their norms or, if that is not it, are refused.
+    """The plan as carried out, and the text: classes that cannot be rewritten keep their norms or are refused.
 
     Raises:
         ConversionError: the classes can be rewritten one by one, but not together.
     """
     try:
-        return plan, source.rewrite(text, plan, file)
+        made = source.rewrite(text, plan, file)
+        return _as_made(plan, made), made
     except NormStays as error:
         kept = _keeping(plan, error)
         if kept == plan:
@@ -313,7 +314,20 @@ def carried_out(text: str, plan: Plan, file: str) -> tuple[Plan, source.Rewritte
         kept = dataclasses.replace(plan, sites=tuple(_with_norms(site, cls, why) for site in plan.sites))
         refused = dataclasses.replace(plan, sites=tuple(_without_gates(site, cls, why) for site in plan.sites))
         plan = refused if _error(text, _of(kept, cls), file) else kept
-    return plan, source.rewrite(text, plan, file)
+    made = source.rewrite(text, plan, file)
+    return _as_made(plan, made), made
+
+
+def _as_made(plan: Plan, made: source.Rewritten) -> Plan:
+    """The plan less the repairs for which the text has no statement, with what only a run would tell."""
+
+    def named(site: Site, before: Site) -> Site:
+        words = [word for word in site.form.split(", ") if site.repairs or word != ZERO_INIT]
+        return site if site.repairs == before.repairs else dataclasses.replace(site, form=", ".join(words))
+
+    sites = tuple(map(named, source.without(plan, made.idle).sites, plan.sites))
+    notes = made.doubts if plan.route == "static" else ()
+    return dataclasses.replace(plan, sites=sites, notes=(*plan.notes, *notes))
 
 
 def _keeping(plan: Plan, error: NormStays) -> Plan:

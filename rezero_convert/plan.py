@@ -321,8 +321,8 @@ class Plan:
     notes: tuple[str, ...] = ()
     """What the reader should know about the capture as a whole."""
     kept_calls: tuple[tuple[Span, str], ...] = ()
-    """Calls of norms that stay, with the last name of the norm's path: text that several instances share cannot drop
-    them for some."""
+    """Calls of norms that stay, with the `tail` of the norm's path: text that several instances share cannot drop them
+    for some."""
 
     def of(self, *verdicts: Verdict) -> tuple[Site, ...]:
         return tuple(site for site in self.sites if site.verdict in verdicts)
@@ -335,6 +335,22 @@ class Plan:
     def edited(self) -> tuple[Site, ...]:
         """The sites whose text changes: the converted ones, and their twins on paths that did not run."""
         return tuple(site for site in self.sites if site.edited)
+
+
+def tail(path: str) -> str:
+    """What the instances of a class share of a norm's path: its last name, "norm"; of an element "mlp.3" or "mlp.*.3".
+
+    The call of an element may be torch's own, in `nn.Sequential`, which all its instances share.
+    """
+    parts = path.split(".")
+    first = max((i for i, part in enumerate(parts) if not _is_index(part)), default=-1)
+    if first in (-1, len(parts) - 1):
+        return parts[-1]
+    return ".".join((parts[first], *("*" for _ in parts[first + 1 : -1]), parts[-1]))
+
+
+def _is_index(part: str) -> bool:
+    return part == "*" or part.isdigit()
 
 
 def as_dict(record: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -332,6 +333,48 @@ def test_norms_of_a_list_with_another_use_stay(old: str, new: str, reason: str) 
     assert "nn.Identity" not in made.text
     norms = [norm for site in made.report.plan.converted for norm in site.norms]
     assert all((norm.action, norm.reason) == ("keep", reason) for norm in norms if reason)
+
+
+TWO_STACKS = """\
+import torch
+from torch import nn
+
+
+class Mlp(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.edge = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+        self.node = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+
+    def forward(self, x):
+        return torch.cat((x + self.node(x), self.edge(x)))
+"""
+ONE_TEXT = re.sub(r"(self.(edge|node)) = .*", r"\1 = Mlp()", TWO_STACKS)
+
+
+def test_norms_at_the_same_place_of_two_lists_are_decided_each_by_itself(tmp_path: Path) -> None:
+    file = tmp_path / "rz_two_stacks.py"
+    file.write_text(TWO_STACKS)
+    result = exactly(file)
+    assert "self.node = nn.Sequential(nn.Linear(4, 4), nn.Identity())" in result.text
+    assert "self.edge = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))" in result.text
+
+
+def test_norms_that_two_instances_make_by_one_text_go_together(tmp_path: Path) -> None:
+    file = tmp_path / "rz_one_text.py"
+    file.write_text(ONE_TEXT)
+    ((norm,),) = (site.norms for site in exactly(file).report.plan.converted)
+    assert (norm.path, norm.action) == ("node.net.1", "keep")
+    assert norm.reason == "the same call serves a use that keeps the norm"
 
 
 DERIVED = """\

@@ -1188,3 +1188,39 @@ def test_norms_called_in_other_files_are_told() -> None:
     inner = Norm("h.0.mlp.norm", "LayerNorm", "layer", "inside", "bypass", "", at, "norm")
     one = site(None, gate(text, "x + self.mlp(self.ln_2(x))", "alpha_mlp", "mlp"), norms=(inner,), path="h.0")
     assert run(text, one).notes == ("model.py: h.0.mlp.norm should go, but the call is in another file: layers.py:7:9",)
+
+
+TWO_OF_ONE_NAME = """\
+import torch
+from torch import nn
+
+
+class Zero(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 4), nn.Linear(4, 4)
+        nn.init.zeros_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(x)))
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(x)))
+"""
+
+
+def test_a_report_names_the_zero_inits_that_were_undone_and_no_others() -> None:
+    made = rz.convert_source(TWO_OF_ONE_NAME)
+    for report in (made.report, rz.audit_source(TWO_OF_ONE_NAME)):
+        undone, left = report.plan.converted
+        assert (undone.form, left.form) == ("identity skip, zero-initialised last layer", "identity skip")
+        assert [repair.parameter for repair in (*undone.repairs, *left.repairs)] == ["down.weight"]
+        assert str(report).count("undone") == 1
+    assert "nn.init.zeros_(self.down.weight)" not in made.text

@@ -404,7 +404,18 @@ def is_absent(value: Value | None) -> bool:
 def is_identity(value: Value) -> bool:
     if isinstance(value, Module):
         return value.torch is nn.Identity or (value.torch is nn.Sequential and not value.elements)
+    if isinstance(value, FunctionRef):
+        return _returns_argument(value.node)
     return isinstance(value, Known) and value.obj is nn.Identity
+
+
+def _returns_argument(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether a function gives back its first argument, and does nothing else: fastai's `noop`."""
+    *before, last = function.body
+    arguments = [*function.args.posonlyargs, *function.args.args]
+    said = all(isinstance(stmt, ast.Expr) and isinstance(stmt.value, ast.Constant) for stmt in before)
+    value = last.value if isinstance(last, ast.Return) else None
+    return said and bool(arguments) and isinstance(value, ast.Name) and value.id == arguments[0].arg
 
 
 def is_callable(value: Value) -> bool:
@@ -513,6 +524,8 @@ def _join_modules(a: Value | None, b: Value | None) -> Value:
         if is_identity(a) and b == UNKNOWN:
             return UNKNOWN
         return optionally(a)
+    if b is not None and is_identity(b) and not is_identity(a):
+        return dataclasses.replace(optionally(a), bypassed=True)
     return a
 
 

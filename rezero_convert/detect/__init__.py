@@ -20,14 +20,14 @@ from ..capture.trace import Frame, Trace, origin
 from ..errors import ConversionError
 from ..listing import compact
 from ..methods import METHODS, applied
-from ..plan import Gate, Norm, Options, Place, Plan, Site, Span
+from ..plan import Gate, Norm, Options, Place, Plan, Site, Span, tail
 from . import arms, code, loops, names, norms, placements, unrolled
 from .biases import headed
 from .blocks import Block, Nested, Refusal, find, owner_call
 from .drafts import Draft, class_name, is_gated, of_block, relative, request, site_of, unwanted
 from .flow import Flow, flow
 
-__all__ = ["detect", "outside"]
+__all__ = ["ZERO_INIT", "detect", "outside"]
 
 
 def detect(trace: Trace, options: Options | None = None) -> Plan:
@@ -213,7 +213,8 @@ def _settle_norms(flow: Flow, drafts: list[Draft], others: list[arms.Arm]) -> li
             final[member.norm] = replace(norm, action="keep", reason=f"its text also runs outside a branch, at {where}")
         elif norm.at is not None and norm.action == "bypass" and norm.at.span in kept:
             final[member.norm] = replace(norm, action="keep", reason=kept[norm.at.span])
-    return [replace(draft, site=_with_norms(draft, final)) if draft.members else draft for draft in drafts]
+    settled = [replace(draft, site=_with_norms(draft, final)) if draft.members else draft for draft in drafts]
+    return [replace(draft, site=_with_arms(flow, draft)) for draft in settled]
 
 
 def _where(flow: Flow, node: int) -> str:
@@ -224,7 +225,7 @@ def _where(flow: Flow, node: int) -> str:
 
 
 def _kept_calls(flow: Flow, sites: Iterable[Site]) -> tuple[tuple[Span, str], ...]:
-    """The calls of norms that stay, with the last name of the norm's path.
+    """The calls of norms that stay, with the `tail` of the norm's path.
 
     A static trace of a class by itself does not tell how others use the class, so its own norms are left out there.
     """
@@ -234,7 +235,7 @@ def _kept_calls(flow: Flow, sites: Iterable[Site]) -> tuple[tuple[Span, str], ..
         path, frame = norms.path_of(flow, node), norms.frame_of(flow, node)
         alone = flow.trace.model is None and frame is not None and frame.owner == ""
         if path and path not in gone and frame is not None and not alone:
-            found[frame.span, path.rpartition(".")[2]] = None
+            found[frame.span, tail(path)] = None
     spans = {norm.at.span for site in sites for norm in site.norms if norm.action != "keep" and norm.at is not None}
     for node in norms.functional(flow):
         frames = flow.origin(node).frames
@@ -262,6 +263,15 @@ def _with_norms(draft: Draft, final: dict[Norm, Norm]) -> Site:
     gone = {norm.path for norm in own if norm.action != "keep"}
     repairs = tuple(repair for repair in draft.site.repairs if repair.parameter.rpartition(".")[0] not in gone)
     return replace(draft.site, norms=own, repairs=repairs)
+
+
+def _with_arms(flow: Flow, draft: Draft) -> Site:
+    """The site with the norms that it has in one arm of a condition only."""
+    if draft.site.verdict != "converted":
+        return draft.site
+    known = {norm.path for norm in draft.site.norms}
+    more = (norm for norm in norms.of_one_arm(flow, draft.block) if norm.path not in known)
+    return replace(draft.site, norms=tuple(dict.fromkeys((*draft.site.norms, *more))))
 
 
 def _merge(flow: Flow, drafts: list[Draft], refusals: list[Refusal]) -> list[Draft]:
@@ -529,8 +539,12 @@ def _taken(flow: Flow, drafts: list[Draft]) -> Callable[[str, str], bool]:
     return taken
 
 
+ZERO_INIT = "zero-initialised last layer"
+"""In the form of a block."""
+
+
 def _form(site: Site) -> str:
-    positions = {norm.position for norm in site.norms}
+    positions = {norm.position for norm in site.norms if norm.reason != norms.ONE_ARM}
     words = [
         {"identity": "identity skip", "projection": "projection shortcut", "slice": "skip through a slice"}.get(
             site.skip_kind, ""
@@ -549,7 +563,7 @@ def _form(site: Site) -> str:
     if any(gate.existing for gate in site.gates):
         words.append("existing gate")
     if any(repair.how in ("ones", "reset", "unwrap") for repair in site.repairs):
-        words.append("zero-initialised last layer")
+        words.append(ZERO_INIT)
     return ", ".join(words)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from types import MappingProxyType
 from typing import Literal
@@ -39,6 +39,7 @@ _ROUTING = frozenset({"topk", "index_add", "scatter_add", "index_put"})
 _TURNS = frozenset({"cat", "stack", "roll", "neg"})
 _REDUCTIONS = frozenset({"amax", "max", "mean"})  # over windows that a change of layout made: a pool, written out
 
+_AT_TIMES = "a skip in one arm of a condition only: pass --model and --inputs"
 _HALF = "half of a reversible pair of adds: what recomputes its operands from the results does not know of gates"
 
 
@@ -109,12 +110,16 @@ def find(
             else:
                 refusals.append(result)
     coupled = _reversible(flow, blocks)
-    refusals = [replace(one, code="RZ918", reason=_HALF) if one.sum.node in coupled else one for one in refusals]
-    refusals += [Refusal(block.sum, "RZ918", _HALF) for block in blocks if block.sum.node in coupled]
+    refusals = [_half(one.sum, coupled[one.sum.node]) if one.sum.node in coupled else one for one in refusals]
+    refusals += [_half(block.sum, coupled[block.sum.node]) for block in blocks if block.sum.node in coupled]
     refusals += [left[block.sum.node] for block in blocks if block.sum.node in left]
     blocks = [block for block in blocks if block.sum.node not in coupled and block.sum.node not in left]
     chosen, nested, parts = _nesting(flow, blocks, gated)
     return chosen, refusals + parts, nested
+
+
+def _half(whole: Sum, at_times: bool) -> Refusal:
+    return Refusal(whole, "RZ915", _AT_TIMES) if at_times else Refusal(whole, "RZ918", _HALF)
 
 
 def _classify_whole(flow: Flow, whole: Sum) -> Iterator[Block | Refusal]:
@@ -177,7 +182,7 @@ def _refusal(flow: Flow, whole: Sum, refusals: list[Refusal]) -> Refusal:
     if refusals:
         return max(refusals, key=lambda refusal: refusal.interest)
     if any(_is_skip_at_times(flow, whole, term) for term in whole.terms):
-        return Refusal(whole, "RZ915", "a skip in one arm of a condition only: pass --model and --inputs")
+        return Refusal(whole, "RZ915", _AT_TIMES)
     return Refusal(whole, "RZ901", f"the operands are independent: {_beside_each_other(flow, whole)}")
 
 
@@ -698,16 +703,21 @@ def _is_carried_by(flow: Flow, node: int, user: int, start: int, wholes: frozens
     return not others and (flow.facts[user].kind == "layout" or flow.name(user) in ("mul", "div"))
 
 
-def _reversible(flow: Flow, blocks: list[Block]) -> set[int]:
-    """The sums of reversible pairs, `p = a + f(b)` and `q = b + g(p)`, where p is read elsewhere too."""
-    found: set[int] = set()
+def _reversible(flow: Flow, blocks: list[Block]) -> dict[int, bool]:
+    """The sums of reversible pairs, `p = a + f(b)` and `q = b + g(p)`, where p is read elsewhere too.
+
+    Each with whether g reads p in one arm of a condition only: in the other it may be no pair.
+    """
+    found: dict[int, bool] = {}
     for block in blocks:
         for branch in block.branches:
             inside = set(branch.region)
             for cut in branch.cuts[:-1]:
                 coupled = [node for node in _arms(flow, cut) if _is_coupled(flow, node, block.skip)]
                 if coupled and _leaves(flow, cut, inside):
-                    found |= {*coupled, block.sum.node}
+                    later = [arm for node in branch.region if node > cut for arm in _arms(flow, node)]
+                    at_times = any(not flow.reaches(arm, cut) for arm in later)
+                    found |= dict.fromkeys((*coupled, block.sum.node), at_times)
     return found
 
 

@@ -15,6 +15,7 @@ from .. import sources
 from ..capture.facts import operation
 from ..errors import ConversionError
 from ..plan import Operand, Place, Span
+from ..zeroing import called, filled_by, fills_zero, held
 
 _SKIP = re.compile(r"#\s*rezero:\s*skip\b")
 _ADD_CALLS = frozenset({"add", "sub", "addcmul", "lerp", "scatter_add", "index_add", "index_put"})
@@ -317,7 +318,7 @@ def _construction(methods: list[ast.FunctionDef | ast.AsyncFunctionDef]) -> set[
 
 def _initialises(call: ast.Call) -> bool:
     """Whether a call is an initialiser by the convention of `torch.nn.init`: a function whose name ends in one "_"."""
-    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+    name = called(call)
     return name.endswith("_") and not name.endswith("__")
 
 
@@ -392,7 +393,8 @@ def _is_store(node: ast.Attribute | ast.Name) -> bool:
 def zeroed(file: str) -> frozenset[str]:
     """What initialisers in a file fill with zeros, as paths on some module.
 
-    "norm.weight" for `m.norm.weight`, "gate.1.bias" for `m.gate[1].bias`, "gate.*.bias" for `m.gate[-1].bias`.
+    "norm.weight" for `m.norm.weight`, "gate.1.bias" for `m.gate[1].bias`, "gate.*.bias" for `m.gate[-1].bias`; of a
+    local variable where it is held.
     """
     return frozenset(path for path, zero in filled(file) if zero)
 
@@ -400,20 +402,31 @@ def zeroed(file: str) -> frozenset[str]:
 @sources.cached_by_file
 def filled(file: str) -> frozenset[tuple[str, bool]]:
     """What initialisers in a file fill, as paths on some module (`zeroed`), each with whether by zeros."""
-    found = set()
-    for node in sources.nodes(file):
-        if isinstance(node, ast.Call) and _initialises(node):
-            target: ast.AST | None = node.args[0] if node.args else None
-            if not isinstance(_attached(target), ast.Attribute):
-                target = node.func.value if isinstance(node.func, ast.Attribute) else None
-            names = _segments(target)
-            if names:
-                found.add((".".join(name for name in names if name != "data"), _fills_zero(node)))
+    nodes = sources.nodes(file)
+    found = {(".".join(names), zero) for node in nodes for _, names, zero in _fills(node) if names}
+    for function in (node for node in nodes if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))):
+        places = held(function)
+        fills = [fill for node in ast.walk(function) for fill in _fills(node)] if places else []
+        found |= {(".".join((*places[name], *below)), zero) for name, below, zero in fills if name in places}
     return frozenset(found)
 
 
-def _segments(target: ast.AST | None) -> list[str]:
-    """The path that an expression reads from a variable, without the variable; empty if it reads none."""
+def _fills(node: ast.AST) -> Iterator[tuple[str, list[str], bool]]:
+    """What a statement fills: a variable, the path read from it, and whether with zeros."""
+    if isinstance(node, ast.For):
+        for whole, below in filled_by(node):
+            variable, names = _segments(whole)
+            yield variable, [*names, *below], True
+    elif isinstance(node, ast.Call) and _initialises(node):
+        target: ast.AST | None = node.args[0] if node.args else None
+        if not isinstance(_attached(target), ast.Attribute):
+            target = node.func.value if isinstance(node.func, ast.Attribute) else None
+        variable, names = _segments(target)
+        yield variable, [name for name in names if name != "data"], fills_zero(node)
+
+
+def _segments(target: ast.AST | None) -> tuple[str, list[str]]:
+    """The variable that an expression reads, and the path that it reads from it; empty if it reads none."""
     names: list[str] = []
     while isinstance(target := _attached(target), (ast.Attribute, ast.Subscript)):
         if isinstance(target, ast.Attribute):
@@ -422,7 +435,7 @@ def _segments(target: ast.AST | None) -> list[str]:
             index = target.slice.value if isinstance(target.slice, ast.Constant) else None
             names.append(str(index) if isinstance(index, int) else "*")
         target = target.value
-    return names[::-1] if isinstance(target, ast.Name) else []
+    return (target.id, names[::-1]) if isinstance(target, ast.Name) else ("", [])
 
 
 def _attached(node: ast.AST | None) -> ast.AST | None:
@@ -430,23 +443,6 @@ def _attached(node: ast.AST | None) -> ast.AST | None:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "detach":
         return node.func.value
     return node
-
-
-def zeroes(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    """Whether a function fills all parameters of its argument with zeros, in a loop over `module.parameters()`."""
-    for loop in (node for node in ast.walk(function) if isinstance(node, ast.For)):
-        walked = loop.iter.func if isinstance(loop.iter, ast.Call) else None
-        if (
-            not isinstance(walked, ast.Attribute)
-            or walked.attr != "parameters"
-            or not isinstance(loop.target, ast.Name)
-        ):
-            continue
-        for call in (node for node in ast.walk(loop) if isinstance(node, ast.Call) and _fills_zero(node)):
-            read = {node.id for node in ast.walk(call) if isinstance(node, ast.Name)}
-            if loop.target.id in read:
-                return True
-    return False
 
 
 def has_no_bias(constructor: str) -> bool:
@@ -476,15 +472,7 @@ def is_zeroed_by(file: str, qualname: str, path: str) -> bool:
         if isinstance(method, ast.FunctionDef) and method.name == "__init__":
             for statement in method.body:
                 call = statement.value if isinstance(statement, ast.Expr) else None
-                zero = isinstance(call, ast.Call) and call.args and _initialises(call) and _fills_zero(call)
+                zero = isinstance(call, ast.Call) and call.args and _initialises(call) and fills_zero(call)
                 if zero and isinstance(call, ast.Call) and is_path(call.args[0], first_argument(method), path):
                     return True
     return False
-
-
-def _fills_zero(call: ast.Call) -> bool:
-    name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
-    if name in ("zeros_", "zero_"):
-        return True
-    values = [*call.args[-1:], *(keyword.value for keyword in call.keywords if keyword.arg == "val")]
-    return name in ("constant_", "fill_") and any(isinstance(v, ast.Constant) and v.value == 0 for v in values)

@@ -13,6 +13,7 @@ from torch import fx, nn
 from .. import sources
 from ..capture.trace import Call
 from ..plan import Repair, RepairKind
+from ..zeroing import zeroes
 from . import code
 from .blocks import Branch, has_weight
 from .flow import Flow
@@ -334,7 +335,7 @@ def _written_parameter(flow: Flow, node: int) -> str:
 
 def _is_wrapped(flow: Flow, node: int) -> bool:
     """Whether a layer comes from a function that fills it with zeros: `zero_module(nn.Conv2d(8, 8, 3))`."""
-    return any(map(code.zeroes, flow.nodes[node].meta.get("through", ())))
+    return any(map(zeroes, flow.nodes[node].meta.get("through", ())))
 
 
 def _is_written_zero(flow: Flow, node: int, path: str, kind: str) -> bool:

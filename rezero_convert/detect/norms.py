@@ -30,15 +30,36 @@ class Member:
 def of_branch(flow: Flow, branch: Branch, block: Block, options: Options) -> Iterator[Member]:
     """The norms that every path of a branch crosses."""
     crossed = [node for node in branch.cuts if flow.facts[node].kind == "norm"]
-    weighted = [i for i, node in enumerate(branch.region) if i and has_weight(flow, node)]
-    order = {node: i for i, node in enumerate(branch.region)}
     inside = {node for other in block.branches for node in other.region} | {block.sum.node, *block.sum.inner}
     for node in crossed:
-        place = order[node]
-        position: Position = "pre" if place < weighted[0] else "end" if place > weighted[-1] else "inside"
+        position = _position(flow, node, branch)
         readers = [user for user in flow.users[node] if user not in inside and not _is_dead(flow, user)]
         readers += [node] if flow.nodes[node] in flow.trace.root.outputs else []
         yield Member(node, position, _decide(flow, node, position, readers, options))
+
+
+ONE_ARM = "it runs in one arm of a condition: --model and --inputs decide it"
+
+
+def of_one_arm(flow: Flow, block: Block) -> Iterator[Norm]:
+    """The norms that a branch, or the sum, crosses in one arm of a condition and not in the other (static route)."""
+    inside = {node: branch for branch in block.branches for node in branch.region[1:] if node not in branch.cuts}
+    for node in (*inside, *flow.users[block.sum.node]):
+        if flow.facts[node].kind != "norm" or not path_of(flow, node):
+            continue
+        choices = [user for user in flow.users[node] if flow.name(user) == "choice"]
+        if any(flow.inputs[node][0] in flow.inputs[choice] for choice in choices):
+            position = _position(flow, node, inside[node]) if node in inside else "post"
+            frame = frame_of(flow, node)
+            at = Operand(frame.place, frame.span, 0) if frame is not None else None
+            kind = flow.facts[node].norm or "layer"
+            yield Norm(path_of(flow, node), flow.facts[node].type, kind, position, "keep", ONE_ARM, at=at)
+
+
+def _position(flow: Flow, node: int, branch: Branch) -> Position:
+    weighted = [i for i, one in enumerate(branch.region) if i and has_weight(flow, one)]
+    place = branch.region.index(node)
+    return "pre" if place < weighted[0] else "end" if place > weighted[-1] else "inside"
 
 
 def _is_dead(flow: Flow, node: int) -> bool:

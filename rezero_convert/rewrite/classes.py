@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ..zeroing import filled_by, held
 from .splice import Edit, Function, Source, after, insert, statements
 
 
@@ -20,9 +22,9 @@ class Made:
 
 @dataclass(frozen=True, slots=True)
 class InitCall:
-    """A statement that only sets the values of a parameter: `nn.init.zeros_(m.norm.weight)`."""
+    """A statement that only sets the values of a parameter: `nn.init.zeros_(m.norm.weight)`, or a loop that does."""
 
-    stmt: ast.Expr
+    stmt: ast.stmt
     call: ast.Call
     rest: tuple[str, ...]
     """What follows the attribute: `("weight",)`."""
@@ -51,7 +53,7 @@ def attribute_chain(node: ast.AST) -> tuple[str, ...] | None:
     return (node.id, *reversed(parts)) if isinstance(node, ast.Name) else None
 
 
-def _chain_of_elements(node: ast.AST) -> tuple[str, ...] | None:
+def chain_of_elements(node: ast.AST) -> tuple[str, ...] | None:
     """`self.net[-1].weight` as its parts, the index as it is."""
     parts: list[str] = []
     while isinstance(node, (ast.Attribute, ast.Subscript)):
@@ -272,21 +274,25 @@ def _is_compound(stmt: ast.stmt) -> bool:
 def init_calls(source: Source, family: list[ast.ClassDef], attribute: str) -> list[InitCall]:
     """Statements that only set an attribute's parameters.
 
-    Seen on `self`, on a name tested to be of one of the classes, on one that runs over modules made of them.
+    Seen on `self`, on a name tested to be of one of the classes, on one that runs over modules made of them, on a local
+    variable that a method puts into the attribute.
     """
     names = {cls.name for cls in family}
     found: list[InitCall] = []
 
     def visit(body: list[ast.stmt], known: frozenset[str]) -> None:
         for stmt in body:
-            if isinstance(stmt, ast.Expr) and isinstance(stmt.value, ast.Call):
-                target = set_by(stmt.value)
-                if target is not None and len(target) >= 2 and target[0] in known and target[1] == attribute:
-                    found.append(InitCall(stmt, stmt.value, target[2:]))
-            elif isinstance(stmt, ast.ClassDef):
+            call = _only_call(stmt)
+            if call is not None:
+                for target in _set_in(stmt, call):
+                    if len(target) >= 2 and target[0] in known and target[1] == attribute:
+                        found.append(InitCall(stmt, call, target[2:]))
+            if isinstance(stmt, ast.ClassDef):
                 visit(stmt.body, frozenset())
                 for function in methods_of(stmt) if stmt in family else ():
                     visit(function.body, frozenset({self_name(function)}))
+                    variables = {name: path for name, path in held(function).items() if path[0] == attribute}
+                    found.extend(_of_variables(function, variables) if variables else ())
             elif isinstance(stmt, ast.If):
                 visit(stmt.body, known | _tested(stmt.test, names))
                 visit(stmt.orelse, known)
@@ -297,6 +303,33 @@ def init_calls(source: Source, family: list[ast.ClassDef], attribute: str) -> li
 
     visit(source.tree.body, frozenset())
     return list({id(call.stmt): call for call in found}.values())
+
+
+def _only_call(stmt: ast.stmt) -> ast.Call | None:
+    """The call that a statement is, or that a loop makes and nothing else."""
+    if isinstance(stmt, ast.For) and len(stmt.body) == 1 and not stmt.orelse:
+        (stmt,) = stmt.body
+    return stmt.value if isinstance(stmt, ast.Expr) and isinstance(stmt.value, ast.Call) else None
+
+
+def _set_in(stmt: ast.stmt, call: ast.Call) -> list[tuple[str, ...]]:
+    """What a statement sets that is no more than a call; of a loop that fills all parameters of a layer, the weight."""
+    if not isinstance(stmt, ast.For):
+        target = set_by(call)
+        return [target] if target is not None else []
+    filled = [(*chain, *below) for whole, below in filled_by(stmt) if (chain := chain_of_elements(whole))]
+    one = len({target[:-1] for target in filled}) == 1
+    return sorted(filled, key=lambda target: target[-1] != "weight")[:1] if one else []
+
+
+def _of_variables(function: Function, places: dict[str, tuple[str, ...]]) -> Iterator[InitCall]:
+    """The statements that set parameters of local variables, as those of what `places` says they are on `self`."""
+    for stmt in statements(function.body):
+        call = _only_call(stmt)
+        for variable, *rest in _set_in(stmt, call) if call is not None else ():
+            if variable in places and rest:
+                assert call is not None
+                yield InitCall(stmt, call, (*places[variable][1:], *rest))
 
 
 def _runs_over(source: Source, loop: ast.For, names: set[str]) -> set[str]:
@@ -328,10 +361,10 @@ def set_by(call: ast.Call) -> tuple[str, ...] | None:
     filled = call.func.value if isinstance(call.func, ast.Attribute) else None
     if isinstance(filled, ast.Call) and last_name(filled.func) == "detach" and isinstance(filled.func, ast.Attribute):
         filled = filled.func.value
-    receiver = _chain_of_elements(filled) if filled is not None else None
+    receiver = chain_of_elements(filled) if filled is not None else None
     if receiver is not None and receiver[-1] in ("data", "weight", "bias"):
         return tuple(part for part in receiver if part != "data")
-    target = _chain_of_elements(call.args[0]) if call.args else None
+    target = chain_of_elements(call.args[0]) if call.args else None
     if target is not None and len(target) > 1:
         return tuple(part for part in target if part != "data")
     return receiver

@@ -104,7 +104,8 @@ def refilled(source: Source, call: ast.Call, init: float, names: Names) -> Edit:
             return Edit(*source.span(old), repr(init))
     if isinstance(call.func, ast.Attribute) and call.args and attribute_chain(call.args[0]) is not None:
         return Edit(start, end, f"{source.segment(call.func.value)}.{word}({source.segment(call.args[0])}{more})")
-    target = source.segment(call.args[0]) if call.args else source.segment(call.func).rpartition(".")[0]
+    given = bool(call.args) and not isinstance(call.args[0], ast.Constant)
+    target = source.segment(call.args[0]) if given else source.segment(call.func).rpartition(".")[0]
     return Edit(start, end, f"{names.nn}.init.{word}({target}{more})")
 
 

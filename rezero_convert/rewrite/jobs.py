@@ -12,6 +12,9 @@ from .classes import attribute_chain, last_name, nested_suites
 from .norms import NormStays
 from .splice import Function, Source, class_at
 
+Asked = tuple[Span | None, Repair]
+"""A repair, and the add of whose branch it is."""
+
 
 @dataclass(frozen=True, slots=True)
 class Jobs:
@@ -27,8 +30,8 @@ class Jobs:
     slots: tuple[tuple[int, str, frozenset[Span]], ...]
     """The path of a norm in a container, and its calls, which stay and do nothing."""
     biases: tuple[tuple[int, str], ...]
-    repairs: tuple[tuple[int, str, str, bool], ...]
-    """Parameter, how, and whether it certainly starts at zero."""
+    repairs: tuple[tuple[int, str, str, tuple[Asked, ...]], ...]
+    """Parameter, how, and what asked for it."""
     starts: tuple[tuple[int, str, str, float], ...] = ()
     """Parameter, how it is to start, and a factor."""
 
@@ -40,7 +43,7 @@ def collect(source: Source, plan: Plan, file: str) -> Jobs:
     dropped: dict[tuple[int, str], set[Span]] = {}
     slots: dict[tuple[int, str], set[Span]] = {}
     biases: dict[tuple[int, str], None] = {}
-    repairs: dict[tuple[int, str, str], bool] = {}
+    repairs: dict[tuple[int, str, str], list[Asked]] = {}
     starts: dict[tuple[int, str], tuple[str, float]] = {}
     for site in sorted(plan.edited, key=lambda s: (s.span is None, s.span or Span("", 0, 0, 0, 0))):
         gates_of = sorted(site.gates, key=lambda g: (g.at is None, g.at.span if g.at else Span("", 0, 0, 0, 0)))
@@ -72,7 +75,7 @@ def collect(source: Source, plan: Plan, file: str) -> Jobs:
         tuple((*key, frozenset(calls)) for key, calls in dropped.items()),
         tuple((*key, frozenset(calls)) for key, calls in slots.items()),
         tuple(biases),
-        tuple((*key, certain) for key, certain in repairs.items()),
+        tuple((*key, tuple(asked)) for key, asked in repairs.items()),
         tuple((*key, *how) for key, how in starts.items()),
     )
 
@@ -81,9 +84,10 @@ def _repair_job(
     source: Source,
     site: Site,
     repair: Repair,
-    repairs: dict[tuple[int, str, str], bool],
+    repairs: dict[tuple[int, str, str], list[Asked]],
     starts: dict[tuple[int, str], tuple[str, float]],
 ) -> None:
+    asked = (site.span, repair)
     if repair.owner is not None:
         path, cls = repair.owner
         site = dataclasses.replace(site, path=path, cls=cls, span=None)
@@ -94,8 +98,7 @@ def _repair_job(
         if starts.setdefault((index, parameter), how) != how:
             raise ConversionError(f"{site.span}: {parameter} is to start from different values, but shares one text")
         return
-    key = (index, parameter, repair.how)
-    repairs[key] = repair.certain or repairs.get(key, False)
+    repairs.setdefault((index, parameter, repair.how), []).append(asked)
 
 
 def _start(gate: Gate) -> tuple[object, ...]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ..errors import ConversionError
 from ..plan import Span
+from ..zeroing import fills_zero
 from .classes import (
     Made,
     Names,
@@ -286,8 +287,10 @@ def repair(
     found = [
         call
         for call in init_calls(source, family, attribute)
-        if _is_zero(call.call) and _is_element(call.rest, rest, source, cls, attribute)
+        if fills_zero(call.call) and _is_element(call.rest, rest, source, cls, attribute)
     ]
+    if how == "ones":
+        found = [call for call in found if isinstance(call.stmt, ast.Expr)]
     if not found:
         note = f"{source.file}:{cls.lineno}: {path} of {cls.name} starts at zero, but not by a statement found here"
         return set(), [], [note]
@@ -303,7 +306,7 @@ def _filled_anew(source: Source, cls: ast.ClassDef, attribute: str, names: Names
         ConversionError: its text is not found.
     """
     filled = f"{names.nn}.init.kaiming_uniform_({{}}, a=5**0.5)"
-    calls = [call for call in init_calls(source, related(source, cls), attribute) if _is_zero(call.call)]
+    calls = [call for call in init_calls(source, related(source, cls), attribute) if fills_zero(call.call)]
     own = [call.call for call in calls if not call.rest and call.call.args]
     if own:
         return [Edit(*source.span(call), filled.format(source.segment(call.args[0]))) for call in own]
@@ -334,10 +337,3 @@ def _unwrapped(source: Source, value: ast.expr) -> Edit | None:
 def _refilled_like(source: Source, call: ast.Call, names: Names) -> Edit:
     edit = refilled(source, call, 1.0, names)
     return Edit(edit.start, edit.end, "1") if edit.text == "1.0" and source.text[edit.start : edit.end] == "0" else edit
-
-
-def _is_zero(call: ast.Call) -> bool:
-    tail = last_name(call.func)
-    return tail in ("zeros_", "zero_") or (
-        tail in ("constant_", "fill_") and bool(call.args) and literal(call.args[-1]) == 0
-    )

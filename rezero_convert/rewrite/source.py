@@ -8,6 +8,7 @@ both passes, so a class is known by its number in the file.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ from dataclasses import dataclass
 from ..plan import Plan, Site
 from .alphas import alpha_edits, unfold_edits
 from .classes import spelling
+from .doubts import doubts
 from .gates import arm_edits, existing_edits
-from .jobs import Jobs, check_agreement, collect, elsewhere, undecided
+from .jobs import Asked, Jobs, check_agreement, collect, elsewhere, undecided
 from .leftovers import leftovers
 from .norms import Gone, bias_edits, check_lists, check_reads, drop, repair, slot_edits, unassigned
 from .pretrained import pretrained_edits
@@ -32,6 +34,10 @@ class Rewritten:
 
     text: str
     notes: tuple[str, ...] = ()
+    idle: frozenset[Asked] = frozenset()
+    """The repairs for which no statement is found."""
+    doubts: tuple[str, ...] = ()
+    """Where a branch may start at zero, which only a run can tell."""
 
 
 def rewrite(text: str, plan: Plan, file: str) -> Rewritten:
@@ -56,13 +62,24 @@ def rewrite(text: str, plan: Plan, file: str) -> Rewritten:
     source = parse(edited, file)
     if unfolding := unfold_edits(source, jobs):
         source = parse(apply(source, unfolding), file)
-    edits, notes = _class_edits(source, jobs)
+    edits, notes, idle = _class_edits(source, jobs)
     result = apply(source, edits)
     if not body.endswith("\n") and result.endswith("\n"):
         result = result[:-1]
     new = parse(result, file)
     notes += leftovers(original, new) + undecided(plan, file) + elsewhere(plan, file)
-    return Rewritten(mark + _with_line_ends(text[len(mark) :], body, result), tuple(dict.fromkeys(notes)))
+    text = mark + _with_line_ends(text[len(mark) :], body, result)
+    return Rewritten(text, tuple(dict.fromkeys(notes)), idle, tuple(doubts(original, without(plan, idle))))
+
+
+def without(plan: Plan, idle: frozenset[Asked]) -> Plan:
+    """The plan less repairs for which the text has no statement: another class may use the same name."""
+
+    def settled(site: Site) -> Site:
+        repairs = tuple(repair for repair in site.repairs if (site.span, repair) not in idle)
+        return site if repairs == site.repairs else dataclasses.replace(site, repairs=repairs)
+
+    return dataclasses.replace(plan, sites=tuple(map(settled, plan.sites)))
 
 
 def _edit_bodies(source: Source, plan: Plan) -> str:
@@ -90,9 +107,10 @@ def _lines(site: Site, file: str) -> set[int]:
     return {operand.span.line for operand in operands if operand is not None and operand.span.file == file}
 
 
-def _class_edits(source: Source, jobs: Jobs) -> tuple[list[Edit], list[str]]:
+def _class_edits(source: Source, jobs: Jobs) -> tuple[list[Edit], list[str], frozenset[Asked]]:
     names = spelling(source)
     notes: list[str] = []
+    idle: set[Asked] = set()
     edits = alpha_edits(source, jobs, names)
     for index, gate in jobs.existing:
         if gate.init is not None:
@@ -116,11 +134,12 @@ def _class_edits(source: Source, jobs: Jobs) -> tuple[list[Edit], list[str]]:
         edits += [] if left is None else [left]
     for index, path, how, factor in jobs.starts:
         edits += start_edits(source, source.classes[index], path, how, factor, names)
-    for index, path, how, certain in jobs.repairs:
+    for index, path, how, asked in jobs.repairs:
         found, changed, said = repair(source, source.classes[index], path, how, names)
         leaves |= found
         edits += changed
-        notes += said if certain else []
+        notes += said if any(repair.certain for _, repair in asked) else []
+        idle |= set() if found or changed else set(asked)
     cuts, gone = remove(source, leaves)
     for one in reads:
         check_reads(source, one, gone)
@@ -128,7 +147,7 @@ def _class_edits(source: Source, jobs: Jobs) -> tuple[list[Edit], list[str]]:
     edits += pretrained_edits(source, jobs, names)
     if names.missing is not None and any(f"{names.torch}." in edit.text for edit in edits):
         edits.append(names.missing)
-    return edits, notes
+    return edits, notes, frozenset(idle)
 
 
 def _with_line_ends(text: str, body: str, result: str) -> str:

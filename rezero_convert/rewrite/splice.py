@@ -166,7 +166,7 @@ def insert(source: Source, place: Edit, indent: str, lines: Iterable[str]) -> Ed
 
 
 def remove(source: Source, leaves: set[ast.stmt]) -> tuple[list[Edit], set[ast.stmt]]:
-    """Edits that remove statements, and all that goes: an `if` or a `for` that would be left empty goes too."""
+    """Edits that remove statements, and all that goes: an `if`, `for` or `with torch.no_grad()` left empty goes too."""
     gone: set[ast.stmt] = set()
     edits: list[Edit] = []
     if leaves:
@@ -181,11 +181,18 @@ def _mark(body: list[ast.stmt], leaves: set[ast.stmt], gone: set[ast.stmt]) -> b
             gone.add(stmt)
             continue
         empty = [_mark(suite, leaves, gone) for suite in suites(stmt)]
+        if isinstance(stmt, ast.With) and all(empty) and all(map(_is_no_grad, stmt.items)):
+            gone.add(stmt)
         if empty and all(empty) and isinstance(stmt, (ast.If, ast.For)):
             head = stmt.test if isinstance(stmt, ast.If) else stmt.iter
             if not any(isinstance(n, (ast.NamedExpr, ast.Await, ast.Yield)) for n in ast.walk(head)):
                 gone.add(stmt)
     return all(stmt in gone for stmt in body)
+
+
+def _is_no_grad(item: ast.withitem) -> bool:
+    call = item.context_expr
+    return isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "no_grad"
 
 
 def _remove_from(

@@ -424,7 +424,7 @@ FAULTS = (
     Fault(
         "functions that fill with zeros are not known",
         GATES,
-        'any(map(code.zeroes, flow.nodes[node].meta.get("through", ())))',
+        'any(map(zeroes, flow.nodes[node].meta.get("through", ())))',
         "False",
         "test_cases.py::test_converted_files_are_as_recorded",
     ),

@@ -317,8 +317,8 @@ FAULTS = (
     Fault(
         "a byte order mark is lost",
         "rewrite/source.py",
-        "    return Rewritten(mark + _with_line_ends(",
-        "    return Rewritten(_with_line_ends(",
+        "    text = mark + _with_line_ends(",
+        "    text = _with_line_ends(",
         "test_rewrite_source.py::test_line_ends_indentation_mark_and_last_line_are_kept",
     ),
     Fault(

@@ -59,9 +59,23 @@ FAULTS = (
     Fault(
         "norms that a text keeps elsewhere go",
         "file_plan.py",
-        '        if (norm.at.span, norm.path.rpartition(".")[2]) in kept:',
+        "        if (norm.at.span, tail(norm.path)) in kept:",
         "        if (norm.at.span, norm.path) in kept:",
         "test_newcomer.py::test_a_norm_stays_in_a_file_where_not_all_of_its_blocks_are_gated",
+    ),
+    Fault(
+        "norms at the same place of two lists go together",
+        "plan.py",
+        "    if first in (-1, len(parts) - 1):",
+        "    if True:",
+        "test_agreement.py::test_norms_at_the_same_place_of_two_lists_are_decided_each_by_itself",
+    ),
+    Fault(
+        "repairs without a statement are reported",
+        "rewrite/source.py",
+        "if (site.span, repair) not in idle)",
+        "if True)",
+        "test_rewrite_source.py::test_a_report_names_the_zero_inits_that_were_undone_and_no_others",
     ),
     Fault(
         "one class that cannot be rewritten stops the others",
