@@ -21,6 +21,7 @@ from .trace import Frame
 
 TORCH = str(Path(torch.__file__).parent) + "/"
 OURS = str(Path(__file__).parents[1]) + "/"
+_PARTS = frozenset({"<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>"})
 _PASSED_OVER = (contextlib.__file__, functools.__file__)
 
 Key = tuple[str, int, str]
@@ -53,19 +54,41 @@ class FrameReader:
         """
         found: list[Frame] = []
         while frame is not None and frame.f_code is not self._boundary:
-            code = self._codes.get(id(frame.f_code))
-            if code is None:
-                code = self._codes[id(frame.f_code)] = _Code(frame.f_code)
+            code = self._code(frame)
             if not code.passed_over:
                 owner, place = self._owner(frame, code)
                 if owner is not None and place is not None:
                     if owner is not called or frame.f_code.co_name != "__call__":
-                        found.append(code.frame(frame, place, self.path(owner)))
+                        own = code.frame(frame, place, self.path(owner))
+                        callers = self._callers(frame, owner)
+                        found.append(own._replace(callers=callers) if callers else own)
                         break
                 elif not code.torch:
                     found.append(code.frame(frame, code.place(frame), None))
             frame = frame.f_back
         return tuple(found)
+
+    def _callers(self, frame: FrameType, owner: nn.Module) -> tuple[Frame, ...]:
+        """Where the methods of one module were called that `frame` runs in."""
+        found: list[Frame] = []
+        while frame.f_back is not None and frame.f_back.f_code is not self._boundary:
+            is_part = frame.f_code.co_name in _PARTS  # of the text that it is called from
+            frame = frame.f_back
+            code = self._code(frame)
+            if code.passed_over:
+                break
+            module, place = self._owner(frame, code)
+            if module is not owner or place is None:
+                break
+            if not is_part:
+                found.append(code.frame(frame, place, self.path(owner)))
+        return tuple(found)
+
+    def _code(self, frame: FrameType) -> _Code:
+        code = self._codes.get(id(frame.f_code))
+        if code is None:
+            code = self._codes[id(frame.f_code)] = _Code(frame.f_code)
+        return code
 
     def _owner(self, frame: FrameType, code: _Code) -> tuple[nn.Module | None, Place | None]:
         if code.candidates:

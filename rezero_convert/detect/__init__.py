@@ -24,8 +24,8 @@ from ..plan import Gate, Norm, Options, Place, Plan, Site, Span
 from . import arms, code, loops, names, norms, placements, unrolled
 from .biases import headed
 from .blocks import Block, Nested, Refusal, find, owner_call
-from .drafts import Draft, class_name, is_gated, of_block, relative, request, site_of, unwanted
-from .flow import Flow, flow
+from .drafts import Draft, class_name, in_helper, is_gated, of_block, placed, relative, request, site_of, unwanted
+from .flow import Flow, alike, around, flow, spans
 
 __all__ = ["detect", "outside"]
 
@@ -69,6 +69,10 @@ def _plan(trace: Trace, options: Options) -> Plan:
             drafts = [placements.moved(facts, draft, placement) for draft in drafts]
         others = _unexecuted(facts, drafts, options)
         merged = _merge(facts, drafts, refusals)
+        shared = _shared(facts, drafts, merged)
+        if shared:
+            facts = replace(facts, shared={**facts.shared, **shared})
+            continue
         more = dict(_left(facts, nested, merged))
         if not more:
             break
@@ -84,6 +88,37 @@ def _plan(trace: Trace, options: Options) -> Plan:
     if placement is not None:
         notes += tuple(placements.notes(facts, drafts, placement))
     return Plan(tuple(ordered), options, trace.route, trace.scalars, notes, _kept_calls(facts, ordered))
+
+
+def _shared(flow: Flow, drafts: list[Draft], merged: list[Draft]) -> dict[tuple[Span, ...], int]:
+    """The adds in functions that several calls share: each of these is a block of its own (see `Flow.shared`)."""
+    found: dict[tuple[Span, ...], int] = {}
+    for one in merged:
+        node = one.block.sum.node
+        key = spans(origin(flow.nodes[node]).frames)
+        runs = [draft for draft in drafts if (draft.site.path, draft.site.span) == (one.site.path, one.site.span)]
+        several = one.site.verdict == "gated" and len({draft.site.gates for draft in runs}) > 1
+        if key in flow.shared or not (several or one.site.code == "RZ911"):
+            continue
+        stacks = [around(origin(flow.nodes[run]).frames) for run in alike(flow, node)]
+        levels, apart = _levels(stacks)
+        if any(len(stack) <= levels for stack in stacks):
+            continue  # also called from elsewhere
+        further = replace(flow, shared={**flow.shared, key: levels})
+        works = all(isinstance(placed(further, draft.block, draft.site)[0], Site) for draft in runs)
+        if works or (apart and not several):
+            found[key] = levels
+    return found
+
+
+def _levels(stacks: list[tuple[Frame, ...]]) -> tuple[int, bool]:
+    """How many calls further out the runs of one add are called from different places, if they are."""
+    for level in range(1, min(map(len, stacks))):
+        if len({stack[level].span for stack in stacks}) > 1:
+            return level, True
+    first = stacks[0]
+    inner = [number for number, frame in enumerate(first) if frame.owner is not None][0]
+    return max(1, inner + (first[0].owner is not None)), False
 
 
 def _left(flow: Flow, nested: list[Nested], merged: list[Draft]) -> Iterator[tuple[int, Refusal]]:
@@ -167,7 +202,8 @@ def _unexecuted(flow: Flow, drafts: list[Draft], options: Options) -> list[arms.
     """Residual adds on paths that the recorded run did not take."""
     if flow.trace.model is None:
         return []
-    executed = frozenset(frame.span for node in flow.nodes for frame in origin(node).frames)
+    executed = frozenset(frame.span for node in flow.nodes for frame in around(origin(node).frames))
+    executed -= {key[0] for key in flow.shared}  # the calls count
     ran: dict[tuple[str, str], set[Place]] = {}
     for node in flow.nodes:
         frames = origin(node).frames
@@ -261,11 +297,17 @@ def _with_norms(draft: Draft, final: dict[Norm, Norm]) -> Site:
 
 def _merge(flow: Flow, drafts: list[Draft], refusals: list[Refusal]) -> list[Draft]:
     """One draft per add in the code of an instance: a module that runs twice is decided once."""
-    refused = {(site.path, site.span) for refusal in refusals for site in (_refused(flow, refusal),)}
+    refused = {_place_of(flow, refusal) for refusal in refusals}
     groups: dict[tuple[str, Span | None], list[Draft]] = {}
     for draft in drafts:
         groups.setdefault((draft.site.path, draft.site.span), []).append(draft)
     return [_merged(flow, group, key in refused) for key, group in groups.items()]
+
+
+def _place_of(flow: Flow, refusal: Refusal) -> tuple[str, Span | None]:
+    """Path and text of what is refused, as those of a block there."""
+    site, node = _refused(flow, refusal), refusal.sum.node
+    return site.path, flow.origin(node).frames[-1].span if site.span and in_helper(flow, node) else site.span
 
 
 def _merged(flow: Flow, group: list[Draft], refused: bool) -> Draft:

@@ -14,7 +14,7 @@ from . import carries, code, gates, helpers, names, norms
 from .biases import biases
 from .blocks import Block, Branch, describe, has_weight, owner_call
 from .channels import channels
-from .flow import Flow
+from .flow import Flow, alike, is_shared
 from .sums import Sum, Term
 
 _KEPT_ACTIVATIONS = frozenset({"sigmoid", "softmax", "Sigmoid", "Softmax", "Softmax2d", "LogSoftmax", "log_softmax"})
@@ -174,21 +174,36 @@ def placed(flow: Flow, block: Block, site: Site) -> tuple[Site, dict[Term, Opera
             return "RZ912", "no operand of the lerp scales the branch, and only that, in the stream's precision"
         if code.operand(at) is None:
             return "RZ912", "the operands of the add are not found in its text"
-        if in_helper(frames) and term is not block.shortcut:
-            argument = helpers.argument(frames, at)
+        if in_helper(flow, term.add) and term is not block.shortcut:
+            argument = helpers.argument(frames, at, shared=is_shared(flow, term.add))
             if not isinstance(argument, Operand):
-                return "RZ912", argument
+                calls = _calls(flow, term.add)
+                return ("RZ911", f"one add for the calls in {calls}: {argument}") if calls else ("RZ912", argument)
             at = argument
         operands[term] = at
     frames = flow.origin(block.sum.node).frames
-    if in_helper(frames):
+    if in_helper(flow, block.sum.node):
         site = replace(site, place=frames[-1].place, span=frames[-1].span, text=code.line(frames[-1].span))
+        return unwanted(site, Options()) or (site, operands)
     return site, operands
 
 
-def in_helper(frames: tuple[Frame, ...]) -> bool:
-    """Whether an add ran in a function other than the method (a comprehension is part of its method)."""
-    return frames[0].owner is None and frames[0].place != frames[-1].place
+def in_helper(flow: Flow, node: int) -> bool:
+    """Whether an add ran in a function other than the method that holds its blocks.
+
+    A comprehension is part of its method, a nested function too, unless several calls share it.
+    """
+    frames = flow.origin(node).frames
+    return is_shared(flow, node) or (frames[0].owner is None and frames[0].place != frames[-1].place)
+
+
+def _calls(flow: Flow, node: int) -> str:
+    """The lines of the calls that share an add; "" if it is the add of one place."""
+    if not is_shared(flow, node):
+        return ""
+    stacks = [flow.origin(one).frames for one in alike(flow, node)]
+    lines = sorted({frames[-1].span.line for frames in stacks})
+    return f"line{'s' if len(lines) > 1 else ''} {' and '.join(map(str, lines))}"
 
 
 def _unreadable(frames: tuple[Frame, ...]) -> tuple[str, str] | None:
@@ -288,7 +303,7 @@ def _skip_gate(flow: Flow, block: Block, operands: dict[Term, Operand], method: 
         return "several branches are added to one skip, whose factor is defined for one"
     if flow.name(block.shortcut.add) == "lerp":
         return "lerp scales the skip by itself"
-    if in_helper(flow.origin(block.shortcut.add).frames):
+    if in_helper(flow, block.shortcut.add):
         at = operands[block.shortcut]
         found = helpers.argument(flow.origin(block.shortcut.add).frames, at)
         return SkipGate(found) if isinstance(found, Operand) else f"the skip cannot be scaled: {found}"

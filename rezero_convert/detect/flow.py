@@ -6,13 +6,14 @@ shapes, integer and boolean tensors, masks, indices, the size of noise, `detach`
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from torch import fx, nn
 
 from ..capture.facts import Facts, operation
-from ..capture.trace import Call, Origin, Trace, origin
+from ..capture.trace import Call, Frame, Origin, Trace, origin
+from ..plan import Span
 from .chains import chains
 from .patterns import summaries
 
@@ -49,9 +50,14 @@ class Flow:
     """The other nodes of such rows, and of such modules in graphs."""
     constant: tuple[bool, ...]
     """Depends on parameters and constants only, on no input of the model, be it as an index."""
+    shared: Mapping[tuple[Span, ...], int] = field(default_factory=dict)
+    """The adds, by the spans of their frames, that stand for several blocks, each written where their function is
+    called; and how many calls further out that is."""
 
     def origin(self, node: int) -> Origin:
-        return origin(self.nodes[node])
+        here = origin(self.nodes[node])
+        levels = self.shared.get(spans(here.frames)) if self.shared else None
+        return here if levels is None else replace(here, frames=_further(here.frames, levels))
 
     def shape(self, node: int) -> tuple[int, ...] | None:
         return self.origin(node).shape
@@ -142,6 +148,35 @@ class Flow:
                 found.append(node)
             furthest = max([furthest, *(position[user] for user in self.users[node] if user in position)])
         return tuple(found)
+
+
+def spans(frames: tuple[Frame, ...]) -> tuple[Span, ...]:
+    """What tells one text that ran from others: where it is, and is called up to the method that holds it."""
+    nested = frames and frames[0].place == frames[-1].place
+    return tuple(frame.span for frame in (frames[:1] if nested else frames))
+
+
+def around(frames: tuple[Frame, ...]) -> tuple[Frame, ...]:
+    """The frames of an operation, and those of the methods of the same module around them."""
+    return (*frames[:-1], frames[-1]._replace(callers=()), *frames[-1].callers) if frames else ()
+
+
+def is_shared(flow: Flow, node: int) -> bool:
+    """Whether the text of an add stands for several blocks."""
+    return bool(flow.shared) and spans(origin(flow.nodes[node]).frames) in flow.shared
+
+
+def alike(flow: Flow, node: int) -> list[int]:
+    """All runs of the text that an operation ran in, of whatever module."""
+    here = spans(origin(flow.nodes[node]).frames)
+    return [other for other, one in enumerate(flow.nodes) if spans(origin(one).frames) == here]
+
+
+def _further(frames: tuple[Frame, ...], levels: int) -> tuple[Frame, ...]:
+    """The frames with methods as plain functions, up to one that calls them."""
+    every = around(frames)
+    outer = every[: levels + 1]
+    return (*(frame._replace(owner=None) for frame in outer[:-1]), outer[-1]._replace(callers=every[levels + 1 :]))
 
 
 def flow(trace: Trace, norm_types: tuple[type[nn.Module], ...] = ()) -> Flow:

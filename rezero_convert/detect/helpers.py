@@ -10,9 +10,11 @@ from __future__ import annotations
 import ast
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 from .. import sources
 from ..capture.facts import of_function
+from ..capture.static import exclusive
 from ..capture.trace import Frame
 from ..errors import ConversionError
 from ..plan import Operand
@@ -22,25 +24,27 @@ Refused = str
 """Why not, as a sentence."""
 
 _COMMUTING = frozenset({"dropout", "layout"})
+_FORMS = frozenset({"shape", "size", "dtype", "device", "ndim", "dim", "numel"})
 
 
-def argument(frames: Sequence[Frame], at: Operand) -> Operand | Refused:
+def argument(frames: Sequence[Frame], at: Operand, *, shared: bool = False) -> Operand | Refused:
     """The argument, at the call in a module's method, that an operand in a helper function comes from.
 
     Args:
         frames: where the add ran: the helper first, the method last.
         at: the operand in the helper's text.
+        shared: the helper is a method of the module itself.
     """
     for inner, outer in pairwise(frames):
         name = inner.place.qualname
-        definition = _definition(inner)
+        function = _function(inner)
         expression = code.operand(at)
-        if definition is None or expression is None:
+        if function is None or expression is None:
             return f"the add is inside {name}, whose text cannot be read"
-        parameters = _parameters(definition, expression, expression.lineno)
-        if not parameters and _is_method(inner):
+        parameters = _parameters(function, expression, expression.lineno)
+        if not parameters and _is_method(inner) and not shared:
             return f"the add is inside {name}, which is no module's method: no module there can hold the branch's alpha"
-        places = {parameter: _position(inner, definition, outer, parameter) for parameter in parameters}
+        places = {parameter: _position(inner, function, outer, parameter) for parameter in parameters}
         if len(places) > 1:
             places = {key: place for key, place in places.items() if place is None or not _is_fixed(outer, place)}
         if len(places) != 1:
@@ -50,6 +54,9 @@ def argument(frames: Sequence[Frame], at: Operand) -> Operand | Refused:
         ((parameter, index),) = places.items()
         if index is None:
             return f"the add is inside {name}, and its argument {parameter} is not found at the call {outer.span}"
+        line = _read_elsewhere(function, parameter, at, expression)
+        if line is not None:
+            return f"the add is inside {name}, which reads its argument {parameter} in line {line}, too"
         at = Operand(outer.place, outer.span, index)
     return at
 
@@ -63,10 +70,10 @@ def called(frames: Sequence[Frame], at: Operand) -> Operand | None:
     """
     span = at.span
     for inner, outer in pairwise(frames):
-        definition, read = _definition(inner), code.operand(at)
-        if definition is None or not isinstance(read, ast.Name):
+        function, read = _function(inner), code.operand(at)
+        if function is None or not isinstance(read, ast.Name):
             return None
-        returned = [node.value for node in ast.walk(definition) if isinstance(node, ast.Return)]
+        returned = [node.value for node in ast.walk(function.definition) if isinstance(node, ast.Return)]
         if len(returned) != 1 or returned[0] is not code.expression(span):
             return None
         found = passed(inner, outer, read)
@@ -78,61 +85,115 @@ def called(frames: Sequence[Frame], at: Operand) -> Operand | None:
 
 def passed(inner: Frame, outer: Frame, read: ast.Name) -> Operand | None:
     """The argument that a variable of a function is, at the call of that function, unless it is set anew before."""
-    definition = _definition(inner)
-    if definition is None or read.id not in _names(definition):
+    function = _function(inner)
+    if function is None or read.id not in function.names:
         return None
     here = (read.lineno, read.col_offset)
-    if any((one.end_lineno or 0, one.end_col_offset or 0) <= here for one in _given(definition, read.id)):
+    if any((one.end_lineno or 0, one.end_col_offset or 0) <= here for one in _given(function, read.id)):
         return None
-    index = _position(inner, definition, outer, read.id)
+    index = _position(inner, function, outer, read.id)
     return None if index is None else Operand(outer.place, outer.span, index)
 
 
-def _definition(frame: Frame) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
+class _Function(NamedTuple):
+    """The text of a function."""
+
+    file: str
+    definition: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
+    called: frozenset[str]
+    """The names that it is called by."""
+    names: tuple[str, ...]
+    """Its parameters, without the object or class of a method."""
+
+
+def _function(frame: Frame) -> _Function | None:
+    """The innermost function around a frame's text."""
     try:
-        found = sources.function(frame.place)
+        outermost = sources.function(frame.place)
     except ConversionError:
         return None
-    return found if isinstance(found, (ast.FunctionDef, ast.AsyncFunctionDef)) else None
+    if outermost is None:
+        return None
+    file, parts = frame.span.file, list(ast.walk(outermost))  # breadth first
+    around = (node for node in parts if isinstance(node, sources.FunctionNode))
+    found = [node for node in around if sources.span_of(file, node).contains(frame.span)][-1]
+    given = (node.targets for node in parts if isinstance(node, ast.Assign) and node.value is found)
+    called = {target.id for targets in given for target in targets if isinstance(target, ast.Name)}
+    return _Function(file, found, frozenset({*called, getattr(found, "name", "")}), _names(frame, outermost, found))
 
 
-def _parameters(definition: ast.FunctionDef | ast.AsyncFunctionDef, node: ast.expr, before: int) -> tuple[str, ...]:
+def _parameters(function: _Function, node: ast.expr, before: int) -> tuple[str, ...]:
     """The parameters that an expression is proportional to: at most through operations that a scalar commutes with."""
     if isinstance(node, ast.Call):
-        function = node.func
-        name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+        called = node.func
+        name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
         if of_function(name).kind not in _COMMUTING:
             return ()
-        if node.args and not (isinstance(function, ast.Attribute) and _is_value(definition, function.value)):
-            return _parameters(definition, node.args[0], before)
-        return _parameters(definition, function.value, before) if isinstance(function, ast.Attribute) else ()
+        if node.args and not (isinstance(called, ast.Attribute) and _is_value(function, called.value)):
+            return _parameters(function, node.args[0], before)
+        return _parameters(function, called.value, before) if isinstance(called, ast.Attribute) else ()
     if isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Mult, ast.Div)):
         sides = (node.left, node.right) if isinstance(node.op, ast.Mult) else (node.left,)
-        found = [name for side in sides for name in _parameters(definition, side, before)]
-        return tuple(name for name in found if _reads(definition, name) == 1)
+        found = [name for side in sides for name in _parameters(function, side, before)]
+        return tuple(name for name in found if _reads(function, name) == 1)
     if not isinstance(node, ast.Name):
         return ()
-    given = [statement for statement in _given(definition, node.id) if statement.lineno < before]
+    given = [statement for statement in _given(function, node.id) if statement.lineno < before]
     if given:
         last = max(given, key=lambda statement: statement.lineno)
-        return _parameters(definition, last.value, last.lineno)
-    return (node.id,) if node.id in _names(definition) else ()
+        return _parameters(function, last.value, last.lineno) if isinstance(last, ast.Assign) else ()
+    return (node.id,) if node.id in function.names else ()
 
 
-def _given(definition: ast.FunctionDef | ast.AsyncFunctionDef, name: str) -> list[ast.Assign]:
+def _read_elsewhere(function: _Function, parameter: str, at: Operand, operand: ast.expr) -> int | None:
+    """The line in which a function reads an argument, or what it makes of it, other than for the add; None if none.
+
+    An arm that does not run together with the add may add it, too.
+    """
+
+    def carries(node: ast.expr) -> bool:
+        return _parameters(function, node, node.lineno) == (parameter,)
+
+    parts = list(ast.walk(function.definition))
+    expected = [operand]
+    for node in parts:
+        sides: list[ast.expr] = []
+        if isinstance(node, ast.Assign):
+            sides = [node.value]
+        elif isinstance(node, (ast.BinOp, ast.AugAssign)) and isinstance(node.op, (ast.Add, ast.Sub)):
+            span = sources.span_of(function.file, node)
+            both = [node.left, node.right] if isinstance(node, ast.BinOp) else [node.target, node.value]
+            sides = both if exclusive(at.span, span) else []
+        expected += [side for side in sides if carries(side)]
+    known = {id(node) for one in expected for node in ast.walk(one)}
+    known |= {id(node.value) for node in parts if isinstance(node, ast.Attribute) and node.attr in _FORMS}
+    known |= {id(node.left) for node in parts if isinstance(node, ast.Compare)}
+    lines = [
+        node.lineno
+        for node in parts
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and id(node) not in known and carries(node)
+    ]
+    return min(lines, default=None)
+
+
+def _given(function: _Function, name: str) -> list[ast.Assign | ast.AugAssign]:
     """The statements that give a variable a value."""
     return [
         statement
-        for statement in ast.walk(definition)
-        if isinstance(statement, ast.Assign)
-        and any(isinstance(target, ast.Name) and target.id == name for target in statement.targets)
+        for statement in ast.walk(function.definition)
+        if (isinstance(statement, ast.Assign) and any(_is_name(target, name) for target in statement.targets))
+        or (isinstance(statement, ast.AugAssign) and _is_name(statement.target, name))
     ]
 
 
-def _reads(definition: ast.FunctionDef | ast.AsyncFunctionDef, parameter: str) -> int:
+def _is_name(node: ast.expr, name: str) -> bool:
+    return isinstance(node, ast.Name) and node.id == name
+
+
+def _reads(function: _Function, parameter: str) -> int:
     """How often the text reads a parameter before it gives it another value."""
-    nodes = [node for node in ast.walk(definition) if isinstance(node, ast.Name) and node.id == parameter]
-    last = min((statement.lineno for statement in _given(definition, parameter)), default=None)
+    nodes = [node for node in ast.walk(function.definition) if isinstance(node, ast.Name) and node.id == parameter]
+    last = min((statement.lineno for statement in _given(function, parameter)), default=None)
     return sum(isinstance(node.ctx, ast.Load) and (last is None or node.lineno <= last) for node in nodes)
 
 
@@ -146,48 +207,69 @@ def _is_fixed(outer: Frame, index: int | str) -> bool:
     return isinstance(given, ast.Constant)
 
 
-def _is_value(definition: ast.FunctionDef | ast.AsyncFunctionDef, node: ast.expr) -> bool:
+def _is_value(function: _Function, node: ast.expr) -> bool:
     """Whether what stands before a dot is a value of the function, not a module like `F`."""
     while isinstance(node, (ast.Attribute, ast.Subscript, ast.Call)):
         node = node.func if isinstance(node, ast.Call) else node.value
     return isinstance(node, ast.Name) and (
-        node.id in _names(definition)
+        node.id in function.names
         or any(
-            isinstance(n, ast.Name) and n.id == node.id and isinstance(n.ctx, ast.Store) for n in ast.walk(definition)
+            isinstance(n, ast.Name) and n.id == node.id and isinstance(n.ctx, ast.Store)
+            for n in ast.walk(function.definition)
         )
     )
 
 
-def _names(definition: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
-    args = definition.args
-    return [arg.arg for arg in (*args.posonlyargs, *args.args, *args.kwonlyargs)]
+def _names(frame: Frame, outermost: sources.FunctionNode, found: sources.FunctionNode) -> tuple[str, ...]:
+    args = found.args
+    every = [arg.arg for arg in (*args.posonlyargs, *args.args, *args.kwonlyargs)]
+    return tuple(every[1:] if found is outermost and _has_receiver(frame, found) else every)
 
 
-def _position(
-    inner: Frame, definition: ast.FunctionDef | ast.AsyncFunctionDef, outer: Frame, parameter: str
-) -> int | str | None:
+def _position(inner: Frame, function: _Function, outer: Frame, parameter: str) -> int | str | None:
     """Where a call passes a parameter of the function it calls."""
     call = code.expression(outer.span)
-    if not isinstance(call, ast.Call):
+    if not isinstance(call, ast.Call) or not _is_called(inner, function, call):
         return None
     if any(keyword.arg == parameter for keyword in call.keywords):
         return parameter
+    definition = function.definition
     positional = [arg.arg for arg in (*definition.args.posonlyargs, *definition.args.args)]
     if parameter not in positional:
         return None
-    index = positional.index(parameter) - _is_bound(inner, definition, call)
+    index = positional.index(parameter) - _is_bound(inner, function, outer, call)
     plain = not any(isinstance(arg, ast.Starred) for arg in call.args[: index + 1])
-    return index if plain and index < len(call.args) else None
+    return index if plain and 0 <= index < len(call.args) else None
 
 
-def _is_bound(inner: Frame, definition: ast.FunctionDef | ast.AsyncFunctionDef, call: ast.Call) -> bool:
+def _is_called(inner: Frame, function: _Function, call: ast.Call) -> bool:
+    """Whether a call is one of a method, or of a function in it, by its name; functions may be imported by another."""
+    on = call.func
+    name = on.attr if isinstance(on, ast.Attribute) else getattr(on, "id", "")
+    return not _is_method(inner) or name in function.called or "__call__" in function.called
+
+
+def _is_bound(inner: Frame, function: _Function, outer: Frame, call: ast.Call) -> bool:
     """Whether a call leaves out the first parameter of what it calls: the object or class of a method."""
-    names = {getattr(decorator, "id", "") for decorator in definition.decorator_list}
-    if not _is_method(inner) or "staticmethod" in names:
+    definition = function.definition
+    if definition is not sources.function(inner.place) or not _has_receiver(inner, definition):
         return False
+    if "classmethod" in _decorators(definition):
+        return True
     on = call.func.value if isinstance(call.func, ast.Attribute) else call.func
     name = on.attr if isinstance(on, ast.Attribute) else getattr(on, "id", "")
-    return "classmethod" in names or name != inner.place.cls.rpartition(".")[2]
+    given = call.args[0] if call.args else None
+    passed = isinstance(given, ast.Name) and outer.owner is not None and given.id == code.self_name(outer.place)
+    return name != inner.place.cls.rpartition(".")[2] and not passed
+
+
+def _has_receiver(frame: Frame, definition: sources.FunctionNode) -> bool:
+    """Whether the first parameter is the object or class of a method."""
+    return _is_method(frame) and "staticmethod" not in _decorators(definition)
+
+
+def _decorators(definition: sources.FunctionNode) -> set[str]:
+    return {getattr(decorator, "id", "") for decorator in getattr(definition, "decorator_list", ())}
 
 
 def _is_method(frame: Frame) -> bool:
