@@ -117,8 +117,8 @@ def _levels(stacks: list[tuple[Frame, ...]]) -> tuple[int, bool]:
         if len({stack[level].span for stack in stacks}) > 1:
             return level, True
     first = stacks[0]
-    inner = [number for number, frame in enumerate(first) if frame.owner is not None][0]
-    return max(1, inner + (first[0].owner is not None)), False
+    own = next(number for number, frame in enumerate(first) if frame.owner is not None)
+    return max(1, own + (first[0].place != first[own].place)), False
 
 
 def _left(flow: Flow, nested: list[Nested], merged: list[Draft]) -> Iterator[tuple[int, Refusal]]:

@@ -158,7 +158,7 @@ def _read_elsewhere(function: _Function, parameter: str, at: Operand, operand: a
     expected = [operand]
     for node in parts:
         sides: list[ast.expr] = []
-        if isinstance(node, ast.Assign):
+        if isinstance(node, ast.Assign) and all(isinstance(target, ast.Name) for target in node.targets):
             sides = [node.value]
         elif isinstance(node, (ast.BinOp, ast.AugAssign)) and isinstance(node.op, (ast.Add, ast.Sub)):
             span = sources.span_of(function.file, node)
