@@ -9,6 +9,7 @@ import itertools
 import pickle
 import sys
 import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -287,54 +288,60 @@ CONVERTED = {
 
 
 def text_of(name: str) -> str:
-    return (
-        HEAD.replace("class Layer", f"{FUNCTION}class Layer" if name == "function" else "class Layer") + CONVERTED[name]
-    )
+    head = HEAD.replace("class Layer", f"{FUNCTION}class Layer") if name == "function" else HEAD
+    return head + CONVERTED[name]
 
 
-@pytest.mark.parametrize("name", CONVERTED)
+@dataclass(frozen=True)
+class Form:
+    text: str
+    model: nn.Module
+    converted: nn.Module
+    result: rz.SourceResult
+
+
+@pytest.fixture(scope="module", params=CONVERTED)
+def form(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Form:
+    text = text_of(request.param)
+    model = made(text, tmp_path_factory.mktemp("form"))
+    return Form(text, model, rz.convert(model, X), rz.convert_source(text))
+
+
 class TestEachCallIsABlock:
-    def test_in_memory(self, name: str, tmp_path: Path) -> None:
-        model = made(text_of(name), tmp_path)
-        plan = rz.audit(model, X).plan
-        assert [gate.alpha for site in plan.converted for gate in site.gates] == ["alpha_attn", "alpha_fc2"]
-        converted = rz.convert(model, X)
-        assert torch.equal(converted(X), X)
-        preserved = rz.convert(model, X, alpha_init="preserve")
-        assert torch.equal(preserved(X), model(X))
-        assert type(preserved).__mro__[1] is type(model)
+    def test_with_closed_gates_it_is_the_identity(self, form: Form) -> None:
+        assert [name for name, _ in rz.alphas(form.converted)] == ["alpha_attn", "alpha_fc2"]
+        assert torch.equal(form.converted(X), X)
+        assert not torch.equal(form.model(X), X)
 
-    def test_a_second_run_finds_them_gated(self, name: str, tmp_path: Path) -> None:
-        converted = opened(rz.convert(made(text_of(name), tmp_path), X))
-        plan = rz.audit(converted, X).plan
-        assert [site.verdict for site in plan.sites] == ["gated", "gated"]
-        assert [gate.alpha for site in plan.sites for gate in site.gates] == ["alpha_attn", "alpha_fc2"]
+    def test_with_gates_at_one_it_is_the_original_and_comes_back(self, form: Form) -> None:
+        preserved = rz.convert(form.model, X, alpha_init="preserve")
+        assert len(list(rz.alphas(preserved))) == 2
+        assert torch.equal(preserved(X), form.model(X))
+        back = rz.unconvert(preserved)
+        assert type(back) is type(form.model)
+        assert back.state_dict().keys() == form.model.state_dict().keys()
+        assert torch.equal(back(X), form.model(X))
 
-    def test_what_was_converted_comes_back(self, name: str, tmp_path: Path) -> None:
-        model = made(text_of(name), tmp_path)
-        back = rz.unconvert(rz.convert(model, X, alpha_init="preserve"))
-        assert type(back) is type(model)
-        assert back.state_dict().keys() == model.state_dict().keys()
-        assert torch.equal(back(X), model(X))
+    def test_a_second_run_finds_them_gated(self, form: Form) -> None:
+        for plan in (
+            rz.audit(opened(copy.deepcopy(form.converted)), X).plan,
+            rz.audit_source(form.result.text).plan,
+        ):
+            assert [site.verdict for site in plan.sites] == ["gated", "gated"]
+            assert [gate.alpha for site in plan.sites for gate in site.gates] == ["alpha_attn", "alpha_fc2"]
+        assert rz.convert_source(form.result.text).text == form.result.text
 
-    def test_files_are_the_same_model(self, name: str, tmp_path: Path) -> None:
-        text = text_of(name)
-        result = rz.convert_source(text)
-        assert len(result.report.plan.converted) == 2
-        again = rz.convert_source(result.text)
-        assert again.text == result.text
-        assert {site.verdict for site in again.report.plan.sites} == {"gated"}
-        source, live = made(result.text, tmp_path), opened(rz.convert(made(text, tmp_path), X))
+    def test_the_file_is_the_same_model(self, form: Form, tmp_path: Path) -> None:
+        source, live = made(form.result.text, tmp_path), opened(copy.deepcopy(form.converted))
         source.load_state_dict(live.state_dict())
         torch.testing.assert_close(source(X), live(X))
         assert not torch.equal(live(X), X)
 
-    def test_files_of_a_model_that_ran(self, name: str, tmp_path: Path) -> None:
-        model = made(text_of(name), tmp_path)
-        file = sys.modules[type(model).__module__].__file__
+    def test_the_file_of_a_model_that_ran_is_the_same(self, form: Form) -> None:
+        file = sys.modules[type(form.model).__module__].__file__
         assert file is not None
-        result = rz.convert_source(text_of(name), file=file, model=model, example_inputs=X)
-        assert result.text == rz.convert_source(text_of(name)).text
+        result = rz.convert_source(form.text, file=file, model=form.model, example_inputs=X)
+        assert result.text == form.result.text
 
 
 def test_a_graph_is_rewritten_as_the_model(tmp_path: Path) -> None:
@@ -412,7 +419,8 @@ def test_a_tied_branch_keeps_its_one_alpha(tmp_path: Path) -> None:
 
 
 def test_a_loop_around_the_call_walks_a_list_of_alphas(tmp_path: Path) -> None:
-    text = HEAD.replace("self.first = True", "self.parts = nn.ModuleList(nn.Linear(d, d) for _ in range(2))") + method("""
+    head = HEAD.replace("self.first = True", "self.parts = nn.ModuleList(nn.Linear(d, d) for _ in range(2))")
+    text = head + method("""
         def join(self, x, residual):
             return residual + x
 
