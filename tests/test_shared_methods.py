@@ -15,9 +15,13 @@ from typing import Any
 
 import pytest
 import torch
+from timm.layers import DropPath
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 import rezero_convert as rz
+from rezero_convert.capture.live import trace_live
+from rezero_convert.detect import detect
 
 X = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(1))
 
@@ -166,6 +170,53 @@ def bias_dropout_add(x, bias, residual, prob, training):
 
 
 """
+
+
+class Joined(nn.Module):
+    """Something between the argument and the add."""
+
+    def __init__(self, between: nn.Module) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.second = nn.Linear(8, 8)
+        self.between = between
+
+    def join(self, x: Tensor, residual: Tensor) -> Tensor:
+        return residual + self.between(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.join(self.first(x), x)
+        return self.join(self.second(x), x)
+
+
+class Noise(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.randn_like(x) if self.training else x
+
+
+class Halved(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.dropout(x, 0.5, self.training) / 2
+
+
+class Inverse(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 1 / x
+
+
+@pytest.mark.parametrize("between", [nn.Tanh(), nn.Linear(8, 8), nn.LayerNorm(8), Noise(), Inverse()])
+def test_a_module_that_does_not_pass_a_scale_on_is_refused(between: nn.Module) -> None:
+    plan = rz.audit(Joined(between), X).plan
+    assert not plan.edited
+    assert NOT_ONE in plan.sites[0].reason
+
+
+@pytest.mark.parametrize("between", [nn.Dropout(0.1), nn.Identity(), DropPath(0.1), Halved()])
+def test_a_module_that_passes_a_scale_on_is_seen_to(between: nn.Module) -> None:
+    model = Joined(between)
+    for plan in (rz.audit(model, X).plan, detect(trace_live(model))):
+        assert [gate.alpha for site in plan.converted for gate in site.gates] == ["alpha_first", "alpha_second"]
+    assert torch.equal(rz.convert(model, X)(X), X)
 
 
 def test_a_function_that_adds_a_bias_is_refused(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from . import arms, code, loops, names, norms, placements, unrolled
 from .biases import headed
 from .blocks import Block, Nested, Refusal, find, owner_call
 from .drafts import Draft, class_name, in_helper, is_gated, of_block, placed, relative, request, site_of, unwanted
-from .flow import Flow, alike, around, flow, spans
+from .flow import Flow, around, flow, spans
 
 __all__ = ["detect", "outside"]
 
@@ -92,21 +92,25 @@ def _plan(trace: Trace, options: Options) -> Plan:
 
 def _shared(flow: Flow, drafts: list[Draft], merged: list[Draft]) -> dict[tuple[Span, ...], int]:
     """The adds in functions that several calls share: each of these is a block of its own (see `Flow.shared`)."""
-    found: dict[tuple[Span, ...], int] = {}
+    wanted = {}
     for one in merged:
-        node = one.block.sum.node
-        key = spans(origin(flow.nodes[node]).frames)
-        runs = [draft for draft in drafts if (draft.site.path, draft.site.span) == (one.site.path, one.site.span)]
-        several = one.site.verdict == "gated" and len({draft.site.gates for draft in runs}) > 1
-        if key in flow.shared or not (several or one.site.code == "RZ911"):
+        frames = origin(flow.nodes[one.block.sum.node]).frames
+        decided = one.site.verdict in ("converted", "gated") or one.site.code == "RZ911"
+        if decided and len(around(frames)) > 1 and spans(frames) not in flow.shared:
+            wanted[spans(frames)] = one
+    every: dict[tuple[Span, ...], list[tuple[Frame, ...]]] = {}
+    for frames in (origin(node).frames for node in flow.nodes) if wanted else ():
+        every.setdefault(spans(frames), []).append(around(frames))
+    found: dict[tuple[Span, ...], int] = {}
+    for key, one in wanted.items():
+        levels, apart = _levels(every[key])
+        refused = one.site.code == "RZ911"
+        if not (apart or refused) or any(len(stack) <= levels for stack in every[key]):
             continue
-        stacks = [around(origin(flow.nodes[run]).frames) for run in alike(flow, node)]
-        levels, apart = _levels(stacks)
-        if any(len(stack) <= levels for stack in stacks):
-            continue  # also called from elsewhere
+        runs = [draft for draft in drafts if (draft.site.path, draft.site.span) == (one.site.path, one.site.span)]
         further = replace(flow, shared={**flow.shared, key: levels})
         works = all(isinstance(placed(further, draft.block, draft.site)[0], Site) for draft in runs)
-        if works or (apart and not several):
+        if works or (apart and refused):
             found[key] = levels
     return found
 
@@ -203,14 +207,14 @@ def _unexecuted(flow: Flow, drafts: list[Draft], options: Options) -> list[arms.
     if flow.trace.model is None:
         return []
     executed = frozenset(frame.span for node in flow.nodes for frame in around(origin(node).frames))
-    executed -= {key[0] for key in flow.shared}  # the calls count
     ran: dict[tuple[str, str], set[Place]] = {}
     for node in flow.nodes:
         frames = origin(node).frames
         if frames and frames[-1].owner is not None and frames[-1].span not in flow.trace.generated:
             path = frames[-1].owner
             ran.setdefault((path, class_name(flow, path)), set()).add(frames[-1].place)
-    read = arms.reader(partial(_static, options), executed)
+    judged = executed - {key[0] for key in flow.shared}  # of those that calls share, some may not have run
+    read = arms.reader(partial(_static, options), judged)
     return list(arms.unexecuted(ran, (draft.site for draft in drafts), executed, read))
 
 

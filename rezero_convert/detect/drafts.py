@@ -175,7 +175,7 @@ def placed(flow: Flow, block: Block, site: Site) -> tuple[Site, dict[Term, Opera
         if code.operand(at) is None:
             return "RZ912", "the operands of the add are not found in its text"
         if in_helper(flow, term.add) and term is not block.shortcut:
-            argument = helpers.argument(frames, at, shared=is_shared(flow, term.add))
+            argument = helpers.argument(flow, frames, at, shared=is_shared(flow, term.add))
             if not isinstance(argument, Operand):
                 calls = _calls(flow, term.add)
                 return ("RZ911", f"one add for the calls in {calls}: {argument}") if calls else ("RZ912", argument)
@@ -305,7 +305,7 @@ def _skip_gate(flow: Flow, block: Block, operands: dict[Term, Operand], method: 
         return "lerp scales the skip by itself"
     if in_helper(flow, block.shortcut.add):
         at = operands[block.shortcut]
-        found = helpers.argument(flow.origin(block.shortcut.add).frames, at)
+        found = helpers.argument(flow, flow.origin(block.shortcut.add).frames, at)
         return SkipGate(found) if isinstance(found, Operand) else f"the skip cannot be scaled: {found}"
     return SkipGate(operands[block.shortcut])
 

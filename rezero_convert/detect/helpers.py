@@ -8,17 +8,23 @@ of layout and with factors, so `dropout_add(alpha * x, residual, ...)` is the sa
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
+from torch import nn
+
 from .. import sources
-from ..capture.facts import of_function
-from ..capture.static import exclusive
-from ..capture.trace import Frame
+from ..capture.facts import is_leaf, of_class, of_function
+from ..capture.static import exclusive, traces
+from ..capture.trace import Call, Frame
 from ..errors import ConversionError
 from ..plan import Operand
 from . import code
+from .flow import Flow
+from .flow import flow as flow_of
 
 Refused = str
 """Why not, as a sentence."""
@@ -27,17 +33,18 @@ _COMMUTING = frozenset({"dropout", "layout"})
 _FORMS = frozenset({"shape", "size", "dtype", "device", "ndim", "dim", "numel"})
 
 
-def argument(frames: Sequence[Frame], at: Operand, *, shared: bool = False) -> Operand | Refused:
+def argument(flow: Flow, frames: Sequence[Frame], at: Operand, *, shared: bool = False) -> Operand | Refused:
     """The argument, at the call in a module's method, that an operand in a helper function comes from.
 
     Args:
+        flow: of the trace.
         frames: where the add ran: the helper first, the method last.
         at: the operand in the helper's text.
         shared: the helper is a method of the module itself.
     """
     for inner, outer in pairwise(frames):
         name = inner.place.qualname
-        function = _function(inner)
+        function = _function(inner, partial(_passes, flow, frames[-1].owner, code.self_name(inner.place)))
         expression = code.operand(at)
         if function is None or expression is None:
             return f"the add is inside {name}, whose text cannot be read"
@@ -104,9 +111,11 @@ class _Function(NamedTuple):
     """The names that it is called by."""
     names: tuple[str, ...]
     """Its parameters, without the object or class of a method."""
+    passes: Callable[[ast.expr], bool | None]
+    """Whether a scalar commutes with the module that an expression calls; None if it is not known to be one."""
 
 
-def _function(frame: Frame) -> _Function | None:
+def _function(frame: Frame, passes: Callable[[ast.expr], bool | None] = lambda called: None) -> _Function | None:
     """The innermost function around a frame's text."""
     try:
         outermost = sources.function(frame.place)
@@ -119,7 +128,9 @@ def _function(frame: Frame) -> _Function | None:
     found = [node for node in around if sources.span_of(file, node).contains(frame.span)][-1]
     given = (node.targets for node in parts if isinstance(node, ast.Assign) and node.value is found)
     called = {target.id for targets in given for target in targets if isinstance(target, ast.Name)}
-    return _Function(file, found, frozenset({*called, getattr(found, "name", "")}), _names(frame, outermost, found))
+    return _Function(
+        file, found, frozenset({*called, getattr(found, "name", "")}), _names(frame, outermost, found), passes
+    )
 
 
 def _parameters(function: _Function, node: ast.expr, before: int) -> tuple[str, ...]:
@@ -127,7 +138,8 @@ def _parameters(function: _Function, node: ast.expr, before: int) -> tuple[str, 
     if isinstance(node, ast.Call):
         called = node.func
         name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
-        if of_function(name).kind not in _COMMUTING:
+        known = function.passes(called)
+        if not (of_function(name).kind in _COMMUTING if known is None else known):
             return ()
         if node.args and not (isinstance(called, ast.Attribute) and _is_value(function, called.value)):
             return _parameters(function, node.args[0], before)
@@ -143,6 +155,50 @@ def _parameters(function: _Function, node: ast.expr, before: int) -> tuple[str, 
         last = max(given, key=lambda statement: statement.lineno)
         return _parameters(function, last.value, last.lineno) if isinstance(last, ast.Assign) else ()
     return (node.id,) if node.id in function.names else ()
+
+
+def _passes(flow: Flow, owner: str | None, me: str, called: ast.expr) -> bool | None:
+    """Whether a scalar commutes with what is called, if that is a module of the owner's: dropout, stochastic depth."""
+    written = ast.unparse(called)
+    if owner is None or not written.startswith(f"{me}."):
+        return None
+    path = f"{owner}.{written.removeprefix(f'{me}.')}".lstrip(".")
+    module = flow.module(path)
+    if module is not None:
+        return of_class(type(module)).kind in _COMMUTING or (not is_leaf(type(module)) and _scales(type(module)))
+    known = [flow.facts[i] for i, node in enumerate(flow.nodes) if node.op == "call_module" and node.target == path]
+    calls = [call for call in flow.trace.calls if call.path == path]
+    if flow.trace.model is None and (calls or any(facts.type for facts in known)):
+        return all(facts.kind in _COMMUTING for facts in known) and all(_is_scaled(flow, call) for call in calls)
+    return None
+
+
+@sources.cached
+def _scales(cls: type[nn.Module]) -> bool:
+    """Whether what modules of a class compute of their first input is proportional to it, by their text."""
+    try:
+        file = inspect.getsourcefile(cls)
+        found = traces(file, only=frozenset({cls.__qualname__})) if file is not None else ()
+    except (TypeError, ConversionError):  # a class without a file, or a file without a text
+        return False
+    forward = [trace for trace in found if trace.root.inputs]
+    return bool(forward) and all(_is_scaled(whole := flow_of(trace), whole.trace.root) for trace in forward)
+
+
+def _is_scaled(flow: Flow, call: Call) -> bool:
+    """Whether what a module computes is proportional to its first input."""
+    start = flow.index[call.inputs[0]] if call.inputs else -1
+    ends = [flow.index[node] for node in call.outputs]
+    return bool(ends) and all(start >= 0 and _is_proportional(flow, flow.region(start, end)) for end in ends)
+
+
+def _is_proportional(flow: Flow, region: tuple[int, ...]) -> bool:
+    for node in region[1:]:
+        varying = [source for source in flow.inputs[node] if source in region]
+        product = flow.name(node) in ("mul", "div") and flow.nodes[node].args[0] is flow.nodes[varying[0]]
+        if not (flow.facts[node].kind in _COMMUTING or (product and len(varying) == 1)):
+            return False
+    return bool(region)
 
 
 def _read_elsewhere(function: _Function, parameter: str, at: Operand, operand: ast.expr) -> int | None:
