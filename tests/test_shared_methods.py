@@ -204,7 +204,7 @@ class Inverse(nn.Module):
         return 1 / x
 
 
-@pytest.mark.parametrize("between", [nn.Tanh(), nn.Linear(8, 8), nn.LayerNorm(8), Noise(), Inverse()])
+@pytest.mark.parametrize("between", [nn.Tanh(), nn.LayerNorm(8), Noise(), Inverse()])
 def test_a_module_that_does_not_pass_a_scale_on_is_refused(between: nn.Module) -> None:
     plan = rz.audit(Joined(between), X).plan
     assert not plan.edited

@@ -21,6 +21,7 @@ from .trace import Frame
 
 TORCH = str(Path(torch.__file__).parent) + "/"
 OURS = str(Path(__file__).parents[1]) + "/"
+_CALLS = nn.Module.__call__.__code__.co_filename  # a module is called from here, not from its own methods
 _PARTS = frozenset({"<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>"})
 _PASSED_OVER = (contextlib.__file__, functools.__file__)
 
@@ -75,7 +76,7 @@ class FrameReader:
             is_part = frame.f_code.co_name in _PARTS  # of the text that it is called from
             frame = frame.f_back
             code = self._code(frame)
-            if code.passed_over:
+            if code.passed_over or code.is_call:
                 break
             module, place = self._owner(frame, code)
             if module is not owner or place is None:
@@ -112,12 +113,15 @@ class FrameReader:
 class _Code:
     """What is known of a code object."""
 
-    __slots__ = ("_frames", "_next", "_owner", "_place", "_positions", "candidates", "code", "passed_over", "torch")
+    __slots__ = (
+        "_frames", "_next", "_owner", "_place", "_positions", "candidates", "code", "is_call", "passed_over", "torch",
+    )  # fmt: skip
 
     def __init__(self, code: CodeType) -> None:
         file = code.co_filename
         self.code = code
         self.torch = file.startswith(TORCH)
+        self.is_call = file == _CALLS
         self.passed_over = file in _PASSED_OVER or file.startswith(OURS)
         first = code.co_varnames[:1] if code.co_argcount else ()
         self.candidates = (*first, *code.co_freevars)
