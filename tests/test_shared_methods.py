@@ -424,6 +424,29 @@ class Untraceable(nn.Module):
         return self.layer(x)
 
 
+def test_one_graph_compiles_it_as_before(tmp_path: Path) -> None:
+    converted = opened(rz.convert(made(text_of("fairseq"), tmp_path), X))
+    compiled = torch.compile(converted, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(X), converted(X))
+
+
+def test_a_branch_that_two_calls_add_has_a_gate_at_each(tmp_path: Path) -> None:
+    text = HEAD + method("""
+        def join(self, x, residual):
+            return residual + x
+
+        def forward(self, x):
+            x = self.join(self.mlp(x), x)
+            return self.join(self.mlp(x), x)
+    """)
+    converted = rz.convert(made(text, tmp_path), X)
+    assert [name for name, _ in rz.alphas(converted)] == ["alpha_fc2", "alpha_fc2_2"]
+    result = rz.convert_source(text)
+    inline = rz.convert_source(text.replace("self.join(self.mlp(x), x)", "x + self.mlp(x)"))
+    gates = [[site.gates[0].alpha for site in one.report.plan.converted] for one in (result, inline)]
+    assert gates == [["alpha_fc2", "alpha_fc2_2"]] * 2
+
+
 def test_calls_that_are_no_blocks_stay_as_they_are(tmp_path: Path) -> None:
     text = HEAD + method("""
         def join(self, x, residual):
@@ -535,6 +558,33 @@ def test_instances_that_ran_other_calls_agree(tmp_path: Path) -> None:
     converted = rz.convert(model, X)
     assert [name for name, _ in rz.alphas(converted)] == ["0.alpha_attn", "0.alpha_fc2", "1.alpha_attn"]
     assert torch.equal(converted(X), X)
+
+
+@pytest.mark.parametrize(("drop_norm", "normed"), [("none", True), (None, False)])
+def test_post_norms_of_a_layer_made_for_either_order(drop_norm: str | None, normed: bool, tmp_path: Path) -> None:
+    model = made(text_of("both norm orders"), tmp_path)
+    model.first = False
+    options = {} if drop_norm is None else {"drop_norm": drop_norm}
+    sites = rz.audit(model, X, **options).plan.converted
+    assert [[norm.action == "keep" for norm in site.norms] for site in sites] == [[normed]] * 2
+    assert all("post-norm" in site.form for site in sites)
+    converted = rz.convert(model, X, **options)
+    assert torch.equal(converted(X), X) is not normed
+
+
+@pytest.mark.parametrize("method_name", ["skipinit", "frozen", "rescalenet", "beta", "gated"])
+def test_other_methods_gate_the_calls_too(method_name: str, tmp_path: Path) -> None:
+    model = made(text_of("post-norm, other order, keywords"), tmp_path)
+    inline = made(
+        HEAD
+        + CONVERTED["post-norm, other order, keywords"]
+        .replace("self.join(x, self.attn(x))", "x + self.attn(x)")
+        .replace("self.join(b=self.mlp(x), a=x)", "x + self.mlp(x)"),
+        tmp_path,
+    )
+    ours, theirs = (rz.convert(one, X, method=method_name) for one in (model, inline))
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    torch.testing.assert_close(ours(X), theirs(X))
 
 
 def test_converted_models_are_pickled_copied_and_trained(tmp_path: Path) -> None:
