@@ -560,29 +560,31 @@ def test_instances_that_ran_other_calls_agree(tmp_path: Path) -> None:
     assert torch.equal(converted(X), X)
 
 
-@pytest.mark.parametrize(("drop_norm", "normed"), [("none", True), (None, False)])
-def test_post_norms_of_a_layer_made_for_either_order(drop_norm: str | None, normed: bool, tmp_path: Path) -> None:
-    model = made(text_of("both norm orders"), tmp_path)
-    model.first = False
-    options = {} if drop_norm is None else {"drop_norm": drop_norm}
-    sites = rz.audit(model, X, **options).plan.converted
-    assert [[norm.action == "keep" for norm in site.norms] for site in sites] == [[normed]] * 2
-    assert all("post-norm" in site.form for site in sites)
-    converted = rz.convert(model, X, **options)
-    assert torch.equal(converted(X), X) is not normed
+def inline(text: str) -> str:
+    """The text with the adds written where the method is called."""
+    text = text.replace("self.join(x, self.attn(x))", "x + self.attn(x)")
+    text = text.replace("self.join(b=self.mlp(x), a=x)", "x + self.mlp(x)")
+    text = text.replace("self.join(self.attn(x), residual)", "residual + self.attn(x)")
+    return text.replace("self.join(self.mlp(x), residual)", "residual + self.mlp(x)")
 
 
-@pytest.mark.parametrize("method_name", ["skipinit", "frozen", "rescalenet", "beta", "gated"])
-def test_other_methods_gate_the_calls_too(method_name: str, tmp_path: Path) -> None:
-    model = made(text_of("post-norm, other order, keywords"), tmp_path)
-    inline = made(
-        HEAD
-        + CONVERTED["post-norm, other order, keywords"]
-        .replace("self.join(x, self.attn(x))", "x + self.attn(x)")
-        .replace("self.join(b=self.mlp(x), a=x)", "x + self.mlp(x)"),
-        tmp_path,
-    )
-    ours, theirs = (rz.convert(one, X, method=method_name) for one in (model, inline))
+@pytest.mark.parametrize("first", [True, False])
+def test_norms_are_those_of_adds_in_place(first: bool, tmp_path: Path) -> None:
+    text = text_of("both norm orders")
+    found = []
+    for one in (text, inline(text)):
+        model = made(one, tmp_path)
+        model.first = first
+        sites = rz.audit(model, X).plan.converted
+        found.append([(site.form, [(norm.path, norm.position, norm.action) for norm in site.norms]) for site in sites])
+    assert found[0] == found[1]
+    assert [len(norms) for _, norms in found[0]] == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["skipinit", "frozen", "rescalenet", "beta", "gated"])
+def test_other_methods_gate_the_calls_too(name: str, tmp_path: Path) -> None:
+    text = text_of("post-norm, other order, keywords")
+    ours, theirs = (rz.convert(made(one, tmp_path), X, method=name) for one in (text, inline(text)))
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     torch.testing.assert_close(ours(X), theirs(X))
 
