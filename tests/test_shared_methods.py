@@ -479,6 +479,57 @@ def test_a_method_called_from_one_place_keeps_the_gate(tmp_path: Path) -> None:
     assert site.place.name == "join"
 
 
+def test_two_ways_to_run_a_model_keep_the_gate(tmp_path: Path) -> None:
+    text = HEAD + method("""
+        def join(self, x, residual):
+            return residual + x
+
+        def forward(self, x):
+            return self.join(self.mlp(x), x)
+
+        def forward_with_branch(self, x):
+            h = self.mlp(x)
+            return self.join(h, x), h
+    """)
+    model = rz.convert(made(text, tmp_path), X)
+    assert torch.equal(model.forward_with_branch(X)[0], X)
+    assert "return residual + self.alpha * x" in rz.convert_source(text).text
+
+
+def test_arms_that_exclude_each_other_keep_the_gate(tmp_path: Path) -> None:
+    text = HEAD + method("""
+        def join(self, x, residual):
+            return residual + x
+
+        def forward(self, x):
+            if self.first:
+                return self.join(self.mlp(self.norm2(x)), x)
+            return self.norm2(self.join(self.mlp(x), x))
+    """)
+    model = rz.convert(made(text, tmp_path), X)
+    assert [name for name, _ in rz.alphas(model)] == ["alpha"]
+    assert "return residual + self.alpha * x" in rz.convert_source(text).text
+
+
+@pytest.mark.parametrize("only", [("A", "B", "C"), ("B", "C"), ("B",)])
+def test_classes_that_share_the_method_agree(only: tuple[str, ...], tmp_path: Path) -> None:
+    text = HEAD.replace("Layer", "Base") + method("""
+        def join(self, x, residual):
+            return residual + x
+    """)
+    once = "    def forward(self, x):\n        return self.join(F.relu(self.attn(x)), x)\n"
+    twice = once.replace("        return", "        x = self.join(self.mlp(x), x)\n        return")
+    text += "".join(f"\n\nclass {name}(Base):\n{body}" for name, body in (("A", twice), ("B", once), ("C", once)))
+    result = rz.convert_source(text)
+    source, module = loaded(result.text, tmp_path), loaded(text, tmp_path)
+    assert "return residual + x" in result.text
+    assert rz.convert_source(result.text).text == result.text
+    live = opened(rz.convert(nn.Sequential(*[getattr(module, name)() for name in only]), X))
+    made_of_files = nn.Sequential(*[getattr(source, name)() for name in only])
+    made_of_files.load_state_dict(live.state_dict())
+    torch.testing.assert_close(made_of_files.eval()(X), live.eval()(X))
+
+
 def test_a_tied_branch_keeps_its_one_alpha(tmp_path: Path) -> None:
     text = HEAD + method("""
         def step(self, x):

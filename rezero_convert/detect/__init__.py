@@ -21,7 +21,7 @@ from ..errors import ConversionError
 from ..listing import compact
 from ..methods import METHODS, applied
 from ..plan import Gate, Norm, Options, Place, Plan, Site, Span
-from . import arms, code, loops, names, norms, placements, unrolled
+from . import arms, code, helpers, loops, names, norms, placements, unrolled
 from .biases import headed
 from .blocks import Block, Nested, Refusal, find, owner_call
 from .drafts import Draft, class_name, in_helper, is_gated, of_block, placed, relative, request, site_of, unwanted
@@ -92,33 +92,34 @@ def _plan(trace: Trace, options: Options) -> Plan:
 
 def _shared(flow: Flow, drafts: list[Draft], merged: list[Draft]) -> dict[tuple[Span, ...], int]:
     """The adds in functions that several calls share: each of these is a block of its own (see `Flow.shared`)."""
-    wanted = {}
-    for one in merged:
-        frames = origin(flow.nodes[one.block.sum.node]).frames
-        decided = one.site.verdict in ("converted", "gated") or one.site.code == "RZ911"
+    refused = {(one.site.path, one.site.span) for one in merged if one.site.code == "RZ911"}
+    wanted: dict[tuple[Span, ...], list[Draft]] = {}
+    for draft in drafts:
+        frames = origin(flow.nodes[draft.block.sum.node]).frames
+        decided = draft.site.verdict in ("converted", "gated")
         if decided and len(around(frames)) > 1 and spans(frames) not in flow.shared:
-            wanted[spans(frames)] = one
+            wanted.setdefault(spans(frames), []).append(draft)
     every: dict[tuple[Span, ...], list[tuple[Frame, ...]]] = {}
     for frames in (origin(node).frames for node in flow.nodes) if wanted else ():
         every.setdefault(spans(frames), []).append(around(frames))
     found: dict[tuple[Span, ...], int] = {}
-    for key, one in wanted.items():
+    for key, runs in wanted.items():
+        undecided = any((draft.site.path, draft.site.span) in refused for draft in runs)
         levels, apart = _levels(every[key])
-        refused = one.site.code == "RZ911"
-        if not (apart or refused) or any(len(stack) <= levels for stack in every[key]):
+        if not (apart or undecided) or any(len(stack) <= levels for stack in every[key]):
             continue
-        runs = [draft for draft in drafts if (draft.site.path, draft.site.span) == (one.site.path, one.site.span)]
         further = replace(flow, shared={**flow.shared, key: levels})
-        works = all(isinstance(placed(further, draft.block, draft.site)[0], Site) for draft in runs)
-        if works or (apart and refused):
+        results = [placed(further, draft.block, draft.site)[0] for draft in runs]
+        if all(isinstance(one, Site) or one == "RZ900" for one in results) or (apart and undecided):
             found[key] = levels
     return found
 
 
 def _levels(stacks: list[tuple[Frame, ...]]) -> tuple[int, bool]:
-    """How many calls further out the runs of one add are called from different places, if they are."""
+    """How many calls further out an add is called from several places, if it is, in a run or by the text."""
     for level in range(1, min(map(len, stacks))):
-        if len({stack[level].span for stack in stacks}) > 1:
+        pairs = {stack[level - 1 : level + 1] for stack in stacks}
+        if helpers.any_apart(outer.span for _, outer in pairs) or any(helpers.is_shared(*pair) for pair in pairs):
             return level, True
     first = stacks[0]
     own = next(number for number, frame in enumerate(first) if frame.owner is not None)

@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import NamedTuple
 
 from torch import nn
 
 from .. import sources
 from ..capture.facts import is_leaf, of_class, of_function
-from ..capture.static import exclusive, traces
+from ..capture.static import classes, exclusive, traces
+from ..capture.static_names import ClassRef, Method
+from ..capture.static_names import method as method_of
 from ..capture.trace import Call, Frame
 from ..errors import ConversionError
-from ..plan import Operand
+from ..plan import Operand, Place, Span
 from . import code
 from .flow import Flow
 from .flow import flow as flow_of
@@ -155,6 +157,45 @@ def _parameters(function: _Function, node: ast.expr, before: int) -> tuple[str, 
         last = max(given, key=lambda statement: statement.lineno)
         return _parameters(function, last.value, last.lineno) if isinstance(last, ast.Assign) else ()
     return (node.id,) if node.id in function.names else ()
+
+
+def is_shared(inner: Frame, outer: Frame) -> bool:
+    """Whether some function's text calls another in several places of one run: a method of its module, or a nested one.
+
+    Methods that each call it once may stand for each other, as two ways to run a model.
+    """
+    if inner.place != outer.place:
+        return _serves_several(outer.place.file, inner.place)
+    function, outermost = _function(inner), sources.function(outer.place)
+    parts = ast.walk(outermost) if function is not None and outermost is not None else ()
+    named = [node for node in parts if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    called = [node for node in named if function is not None and getattr(node.func, "id", "") in function.called]
+    return any_apart(sources.span_of(outer.place.file, node) for node in called)
+
+
+@sources.cached
+def _serves_several(file: str, place: Place) -> bool:
+    """Whether a method of a file's classes calls a method on its own module in several places of one run."""
+    for name in classes(file):
+        definition = sources.class_of(file, name)
+        for method in definition.body if definition is not None else ():
+            me = code.first_argument(method) if isinstance(method, (ast.FunctionDef, ast.AsyncFunctionDef)) else ""
+            called = [node for node in ast.walk(method) if isinstance(node, ast.Call) and me]
+            spans = [sources.span_of(file, node) for node in called if code.is_path(node.func, me, place.name)]
+            if definition is not None and any_apart(spans):
+                own = method_of(ClassRef(file, name, definition), place.name)
+                if isinstance(own, Method) and own.cls.file == place.file and _first(own.node) == place.line:
+                    return True
+    return False
+
+
+def any_apart(spans: Iterable[Span]) -> bool:
+    """Whether two of several places are not in arms of which one run takes one."""
+    return any(not exclusive(*pair) for pair in combinations(dict.fromkeys(spans), 2))
+
+
+def _first(definition: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    return min([definition.lineno, *(decorator.lineno for decorator in definition.decorator_list)])
 
 
 def _passes(flow: Flow, owner: str | None, me: str, called: ast.expr) -> bool | None:
