@@ -513,7 +513,7 @@ def test_arms_that_exclude_each_other_keep_the_gate(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("only", [("A", "B", "C"), ("B", "C"), ("B",)])
 def test_classes_that_share_the_method_agree(only: tuple[str, ...], tmp_path: Path) -> None:
-    text = HEAD.replace("Layer", "Base") + method("""
+    text = HEAD.replace("class Layer", "class Base") + method("""
         def join(self, x, residual):
             return residual + x
     """)
