@@ -291,6 +291,13 @@ CONVERTED = {
     "functional dropout, a variable": join("out = F.dropout(x, 0.1, self.training)", "return residual + out"),
     "the skip is scaled": join("return residual * self.scale + x"),
     "in place": join("x = self.dropout(x)", "x += residual", "return x"),
+    "a statement in place": join("x.add_(residual)", "return x"),
+    "an option": join(
+        "if scale is not None:",
+        "    x = x * scale",
+        "return residual + x",
+        head="def join(self, x, residual, scale=None):",
+    ),
     "the call's own class": join("return residual + x").replace("self.join(", "Layer.join(self, "),
     "what is read of the branch is its shape": join("assert x.shape == residual.shape", "return residual + x"),
     "two arms that add": join("if self.training:", "    return residual + self.dropout(x)", "return residual + x"),

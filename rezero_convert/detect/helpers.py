@@ -265,12 +265,10 @@ def _read_elsewhere(function: _Function, parameter: str, at: Operand, operand: a
     known = {id(node) for one in expected for node in ast.walk(one)}
     known |= {id(node.value) for node in parts if isinstance(node, ast.Attribute) and node.attr in _FORMS}
     known |= {id(node.left) for node in parts if isinstance(node, ast.Compare)}
-    lines = [
-        node.lineno
-        for node in parts
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and id(node) not in known and carries(node)
-    ]
-    return min(lines, default=None)
+    reads = [node for node in parts if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)]
+    if at.receiver and isinstance(operand, ast.Name):  # `x.add_(y)`: from there on x is the sum
+        known |= {id(node) for node in reads if node.id == operand.id and node.lineno > operand.lineno}
+    return min((node.lineno for node in reads if id(node) not in known and carries(node)), default=None)
 
 
 def _given(function: _Function, name: str) -> list[ast.Assign | ast.AugAssign]:
