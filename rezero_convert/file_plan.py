@@ -154,11 +154,11 @@ def _in_file(site: Site, file: str) -> Site:
 
 def _completed(site: Site, same: Site | None) -> Site:
     """The finding, with what the text does for models made with other options: LayerScale, zero initialization."""
+    prefix = f"{site.path}." if site.path else ""
     if same is not None and site.calls == 0 and site.gates:
-        return same  # the other arm of a condition: what it needs there, its text tells better than the one that ran
+        return _of_arm(site, same, prefix)
     if same is None or same.path or site.verdict != "converted":
         return site
-    prefix = f"{site.path}." if site.path else ""
     known = {repair.parameter for repair in site.repairs}
     gone = {f"{norm.path}.weight" for norm in site.norms if norm.action != "keep"}
     more = [_below(repair, prefix) for repair in same.repairs]
@@ -174,6 +174,19 @@ def _completed(site: Site, same: Site | None) -> Site:
     repairs = (*own, *(repair for repair in more if repair.parameter not in known | gone))
     norms = tuple(_held_in_text(norm, prefix, same.norms) for norm in site.norms)
     return dataclasses.replace(site, gates=gates, repairs=repairs, norms=norms)
+
+
+def _of_arm(site: Site, same: Site, prefix: str) -> Site:
+    """The other arm of a condition: what it needs there, its text tells better than the one that ran."""
+    norms = tuple(
+        dataclasses.replace(norm, path=norm.path and prefix + norm.path, bias=norm.bias and prefix + norm.bias)
+        for norm in same.norms
+    )
+    repairs = tuple(_below(repair, prefix) for repair in same.repairs)
+    return dataclasses.replace(
+        same, verdict=site.verdict, code=site.code, reason=site.reason, path=site.path, cls=site.cls, calls=0,
+        norms=norms, repairs=repairs,
+    )  # fmt: skip
 
 
 def _told(repair: Repair, by_text: Repair | None) -> Repair:

@@ -97,8 +97,8 @@ class Loop:
     variable: str
     """What nested loops call an element, as written: "stage"."""
     index: str = ""
-    """A variable that counts the passes from 0: the gate is `self.alphas[index]`. "": the gate is a loop variable of
-    the alphas' name, walked with `zip`."""
+    """What counts the passes from 0, a variable or an expression of one, "i - 1": the gate is `self.alphas[index]`. "":
+    the gate is a loop variable of the alphas' name, walked with `zip`."""
     backwards: bool = False
     """The modules are walked from the last to the first, and so are the alphas."""
 

@@ -453,6 +453,17 @@ def test_only_a_copy_has_another_home(name: str, tmp_path: Path) -> None:
     assert home(str(other)) == str(other)
 
 
+@pytest.mark.parametrize("name", ["rl", "traverse"])
+def test_a_file_that_only_shares_its_name_with_an_installed_one_is_no_copy(name: str, tmp_path: Path) -> None:
+    """sympy has modules of these names without a class."""
+    file = tmp_path / f"{name}.py"
+    (tmp_path / f"beside_{name}.py").write_text("WIDTH = 4\n")
+    file.write_text(f"from torch import nn\nfrom beside_{name} import WIDTH\n\n\nclass Net(nn.Module):\n    pass\n")
+    assert home(str(file)) == str(file)
+    module = targets.load(file)
+    assert (module.__name__, module.__file__, module.WIDTH) == (name, str(file), 4)
+
+
 SCALED_OR_NOT = """\
 import torch
 from torch import nn

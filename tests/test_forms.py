@@ -1181,6 +1181,64 @@ def test_a_zero_initialised_last_layer_is_repaired(make: Any, x: Tensor, paramet
     assert plan(make(), x, alpha_init="preserve").converted[0].repairs == ()
 
 
+class ZeroProduct(Net):
+    """A branch that ends in a product with a bare parameter, or a buffer, which is zero."""
+
+    def __init__(self, forward: Any, weight: Tensor) -> None:
+        super().__init__(a=nn.Linear(W, W), gate=nn.Linear(W, W))
+        self.b, self.last = nn.Parameter(torch.zeros(W)), weight
+        if not isinstance(weight, nn.Parameter):
+            del self.last
+            self.register_buffer("last", weight)
+        self.body = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(self, torch.relu(self.a(x)))
+
+
+PRODUCTS: dict[str, Any] = {
+    "matmul": lambda net, h: h @ net.last,
+    "transposed": lambda net, h: h @ net.last.t(),
+    "functional": lambda net, h: F.linear(h, net.last, net.b),
+    "functional, transposed": lambda net, h: F.linear(h, net.last.t()),
+    "einsum": lambda net, h: torch.einsum("...i,io->...o", h, net.last),
+    "addmm": lambda net, h: torch.addmm(net.b, h, net.last),
+    "bias behind": lambda net, h: h @ net.last + net.b,
+    "gated": lambda net, h: torch.sigmoid(net.gate(h)) * (h @ net.last),
+    "activated": lambda net, h: torch.relu(h @ net.last),
+}
+
+
+@pytest.mark.parametrize("forward", PRODUCTS.values(), ids=PRODUCTS)
+def test_a_zero_parameter_that_the_branch_is_multiplied_by_is_repaired(forward: Any) -> None:
+    model, x = nn.Sequential(Plain(), ZeroProduct(forward, nn.Parameter(torch.zeros(W, W)))), torch.randn(3, W)
+    converted = rz.convert(model, x)
+    assert len(list(rz.alphas(converted))) == 2
+    last = converted.get_parameter("1.last")
+    assert last.any()
+    assert not torch.equal(last, torch.ones(W, W))
+    assert not model.get_parameter("1.last").any()
+
+
+@pytest.mark.parametrize("forward", PRODUCTS.values(), ids=PRODUCTS)
+def test_a_zero_buffer_that_the_branch_is_multiplied_by_leaves_that_block_alone(forward: Any) -> None:
+    model, x = nn.Sequential(Plain(), ZeroProduct(forward, torch.zeros(W, W))), torch.randn(3, W)
+    left = next(site for site in plan(model, x).sites if site.path == "1")
+    assert (left.verdict, left.code, left.gates) == ("refused", "RZ913", ())
+    assert "1.last" in left.reason
+    assert [name for name, _ in rz.alphas(rz.convert(model, x))] == ["0.alpha"]
+
+
+def test_a_zero_part_of_a_weight_that_is_not_zero_is_left() -> None:
+    delta = nn.Parameter(torch.zeros(W, W))
+    for forward in (
+        lambda net, h: F.linear(h, net.gate.weight + net.last),
+        lambda net, h: h @ (net.gate.weight + net.last),
+    ):
+        (site,) = plan(ZeroProduct(forward, delta), torch.randn(3, W)).converted
+        assert site.repairs == ()
+
+
 def test_a_zero_layer_beside_the_branch_is_not_touched() -> None:
     model = nn.Sequential(Plain(), nn.Linear(W, W))
     nn.init.zeros_(model[1].weight)
@@ -1329,3 +1387,74 @@ def test_the_site_names_its_place() -> None:
     assert site.place.qualname == "Plain.forward"
     assert site.text.strip() == "return x + self.f(x)"
     assert (site.skip, site.gates[0].branch) == ("x", "self.f(x)")
+
+
+class Product(Net):
+    """What is added to a branch is a product of the input."""
+
+    def __init__(self, product: Any) -> None:
+        super().__init__(a=nn.Linear(W, W), b=nn.Linear(W, 6))
+        self.w, self.square = nn.Parameter(torch.randn(W, 6)), nn.Parameter(torch.randn(W, W))
+        self.cube = nn.Parameter(torch.randn(W, W, 6))
+        self.product = product
+
+    def forward(self, x: Tensor, *y: Tensor) -> Tensor:
+        return self.product(self, x, *y) + self.b(torch.relu(self.a(x)))
+
+
+PROJECTIONS: dict[str, Any] = {
+    "matmul": lambda net, x: x @ net.w,
+    "einsum": lambda net, x: torch.einsum("bi,io->bo", x, net.w),
+    "functional": lambda net, x: F.linear(x, net.w.t()),
+    "tensordot": lambda net, x: torch.tensordot(x, net.w, 1),
+    "convolution": lambda net, x: F.conv1d(x[:, :, None], net.w.t()[:, :, None])[:, :, 0],
+}
+
+
+@pytest.mark.parametrize("product", PROJECTIONS.values(), ids=PROJECTIONS)
+def test_a_product_with_a_parameter_is_a_projection_shortcut(product: Any) -> None:
+    model, x = Product(product), torch.randn(3, W)
+    site = block(model, x)
+    assert (site.code, site.skip_kind) == ("RZ102", "projection")
+    assert torch.equal(rz.convert(model, x)(x), product(model, x))
+
+
+@pytest.mark.parametrize(
+    ("product", "inputs"),
+    [
+        (lambda net, x, y: x @ y, (torch.randn(3, W), torch.randn(W, 6))),
+        (lambda net, x: torch.einsum("bi,bj,ijo->bo", x, x, net.cube), (torch.randn(3, W),)),
+        (lambda net, x: (x @ net.square) @ (x.t() @ x)[:, :6], (torch.randn(3, W),)),
+    ],
+    ids=["input", "square", "scores"],
+)
+def test_a_product_with_anything_else_is_no_skip(product: Any, inputs: tuple[Tensor, ...]) -> None:
+    model = Product(product)
+    (site,) = [one for one in plan(model, *inputs).sites if one.path == ""]
+    assert (site.verdict, site.code) == ("refused", "RZ901")
+
+
+def test_a_product_of_the_same_shape_is_a_parallel_path() -> None:
+    class Square(Product):
+        def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]  # the one input
+            return x @ self.square + torch.relu(self.a(x))
+
+    (site,) = plan(Square(None), torch.randn(3, W)).sites
+    assert (site.verdict, site.code) == ("refused", "RZ903")
+
+
+class RelativeScores(Net):
+    """The scores of an attention, with those of learned positions."""
+
+    def __init__(self) -> None:
+        super().__init__(q=nn.Linear(W, W), k=nn.Linear(W, W))
+        self.positions = nn.Parameter(torch.randn(W, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x)
+        return q @ self.positions + q @ self.k(x).t()
+
+
+def test_scores_of_positions_are_no_skip() -> None:
+    (site,) = plan(RelativeScores(), torch.randn(3, W)).sites
+    assert site.verdict == "refused"

@@ -375,3 +375,262 @@ def test_modules_that_did_not_run_are_named() -> None:
     (note,) = rz.audit(Partly(), x).plan.notes
     assert note.startswith("did not run, and is not judged: a, bs.{2,3};")
     assert not rz.audit(FirstNorm(), x).plan.notes
+
+
+ZERO_PARAMETERS = """
+import torch
+from torch import nn
+
+
+class Made(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.v = nn.Parameter(torch.randn(8, 8))
+        self.w = nn.Parameter(torch.zeros(8, 8))
+
+    def forward(self, x):
+        return x + torch.relu(x @ self.v) @ self.w
+
+
+class Filled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.v = nn.Parameter(torch.randn(8, 8))
+        self.w = nn.Parameter(torch.empty(8, 8))
+        nn.init.zeros_(self.w)
+
+    def forward(self, x):
+        return x + torch.relu(x @ self.v) @ self.w
+"""
+
+
+@pytest.mark.parametrize("cls", ["Made", "Filled"])
+@pytest.mark.parametrize("run", [False, True])
+def test_a_zero_parameter_of_a_file_gets_a_start_value_of_its_own(cls: str, run: bool, tmp_path: Path) -> None:
+    file = tmp_path / f"zeros_{cls.lower()}.py"
+    file.write_text(ZERO_PARAMETERS)
+    scope: dict[str, Any] = {"__name__": "zeros"}
+    exec(compile(ZERO_PARAMETERS, str(file), "exec"), scope)
+    x = torch.randn(2, 8)
+    exact: dict[str, Any] = {"model": scope[cls](), "example_inputs": x} if run else {}
+    made = rz.convert_source(ZERO_PARAMETERS, file=str(file), **exact)
+    exec(made.text, scope)
+    model = scope[cls]()
+    assert torch.equal(model(x), x)
+    model(x).sum().backward()
+    assert model.alpha.grad.count_nonzero()
+    assert 0 < model.w.abs().max() < 1
+
+
+def test_a_zero_parameter_that_the_file_fills_later_is_left() -> None:
+    text = ZERO_PARAMETERS.replace("torch.empty", "torch.zeros").replace("nn.init.zeros_", "nn.init.xavier_uniform_")
+    text = text[: text.index("class Made")] + text[text.index("class Filled") :]
+    assert "kaiming" not in rz.convert_source(text).text
+
+
+ARMS = """
+import torch
+from torch import nn
+
+
+def on_a_part(x, f):
+    return torch.index_add(x, 0, torch.arange(1), f(x[:1]), alpha=2.0)
+
+
+class Block(nn.Module):
+    def __init__(self, rate):
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.f = nn.Linear(8, 8)
+        self.drop = nn.Dropout(rate)
+        self.rate = rate
+
+    def forward(self, x):
+        def branch(x):
+            return torch.tanh(self.f(self.norm(x)))
+
+        if self.training and self.rate > 0.5:
+            x = on_a_part(x, branch)
+        elif self.training and self.rate > 0:
+            x = x + self.drop(branch(x))
+        else:
+            x = x + branch(x)
+        return x
+
+
+class Net(nn.Module):
+    def __init__(self, rate=0.0):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(rate) for _ in range(2))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+"""
+
+
+def test_the_report_of_arms_says_what_is_done(tmp_path: Path) -> None:
+    """The norm before both arms also serves a third one, which gets no gate: it stays, in memory and in the file."""
+    file = tmp_path / "arms.py"
+    file.write_text(ARMS)
+    scope: dict[str, Any] = {"__name__": "arms"}
+    exec(compile(ARMS, str(file), "exec"), scope)
+    model, x = scope["Net"](), torch.randn(3, 8)
+    made = rz.convert_source(ARMS, file=str(file), model=model, example_inputs=x)
+    for report in (made.report, rz.audit(model, x)):
+        assert len(report.plan.converted) == 2
+        assert "4 gates" not in str(report)
+        assert "2 gates, 0 norms dropped" in str(report)
+        assert {site.path for site in report.plan.edited} == {"blocks.0", "blocks.1"}
+        assert {norm.action for site in report.plan.edited for norm in site.norms} == {"keep"}
+    assert "torch.tanh(self.f(self.norm(x)))" in made.text
+    assert "x + self.alpha_f * self.drop(branch(x))" in made.text
+    assert "x + self.alpha_f * branch(x)" in made.text
+    exec(made.text, scope)
+    assert rz.convert(model, x).state_dict().keys() == scope["Net"]().state_dict().keys()
+
+
+COUNTING = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, n=5):
+        super().__init__()
+        self.n = n
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(n))
+
+    def forward(self, x):
+        x = self.layers[0](x) * 0.5
+        for i in {walk}:
+            x = x + torch.tanh(self.layers[{at}](x))
+        return x
+"""
+
+
+@pytest.mark.parametrize(
+    ("walk", "index", "count"),
+    [
+        ("range(self.n)", "i", 5),
+        ("range(1, self.n)", "i - 1", 4),
+        ("range(1, len(self.layers))", "i - 1", 4),
+        ("reversed(range(1, self.n))", "i - 1", 4),
+        ("range(0, self.n, 2)", "i // 2", 3),
+        ("range(1, self.n, 3)", "(i - 1) // 3", 2),
+        ("range(self.n - 1, -1, -1)", "i", 5),
+    ],
+)
+def test_a_loop_by_number_may_start_and_step_anywhere(walk: str, index: str, count: int, tmp_path: Path) -> None:
+    text = COUNTING.replace("{walk}", walk).replace("{at}", "i")
+    file = tmp_path / "counting.py"
+    file.write_text(text)
+    scope: dict[str, Any] = {"__name__": "counting"}
+    exec(compile(text, str(file), "exec"), scope)
+    model, x = scope["Net"](), torch.randn(2, 8)
+    live, preserved = rz.convert(model, x), rz.convert(model, x, alpha_init="preserve")
+    assert [name for name, _ in rz.alphas(live)] == [f"alpha.{number}" for number in range(count)]
+    assert torch.equal(preserved(x), model(x))
+    for made in (rz.convert_source(text), rz.convert_source(text, file=str(file), model=model, example_inputs=x)):
+        assert f"x + self.alpha[{index}] * torch.tanh(" in made.text
+        exec(made.text, scope)
+        twin = scope["Net"]()
+        for number, (_, alpha) in enumerate(rz.alphas(live)):
+            torch.nn.init.constant_(alpha, 0.1 + number)
+        twin.load_state_dict(live.state_dict())
+        assert torch.equal(twin(x), live(x))
+
+
+@pytest.mark.parametrize(
+    ("walk", "at"), [("range(1, self.n)", "i - 1"), ("range(self.n - 1, 0, -1)", "i"), ("range(self.n - 2, 5)", "i")]
+)
+def test_a_loop_by_number_that_is_not_followed_is_refused(walk: str, at: str) -> None:
+    text = COUNTING.replace("{walk}", walk).replace("{at}", at)
+    made = rz.convert_source(text)
+    assert [site.code for site in made.report.plan.sites] == ["RZ911"]
+    assert made.text == text
+
+
+STAGES = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stages = nn.ModuleList(nn.ModuleList(nn.Linear(8, 8) for _ in range(2)) for _ in range(3))
+
+    def forward(self, x):
+        for i in range(1, len(self.stages)):
+            for f in self.stages[i]:
+                x = x + torch.tanh(f(x))
+        return x
+"""
+
+
+def test_an_outer_loop_by_number_may_start_anywhere(tmp_path: Path) -> None:
+    file = tmp_path / "stages.py"
+    file.write_text(STAGES)
+    scope: dict[str, Any] = {"__name__": "stages"}
+    exec(compile(STAGES, str(file), "exec"), scope)
+    model, x = scope["Net"](), torch.randn(2, 8)
+    live = rz.convert(model, x)
+    exec(rz.convert_source(STAGES).text, scope)
+    assert [name for name, _ in rz.alphas(live)] == ["alpha.0.0", "alpha.0.1", "alpha.1.0", "alpha.1.1"]
+    twin = scope["Net"]()
+    twin.load_state_dict(live.state_dict())
+    assert torch.equal(twin(x), x)
+
+
+PARAMETER_LISTS = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.ws = nn.ParameterList([nn.Parameter(torch.randn(8, 8)) for _ in range(3)])
+        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(3)])
+
+    def forward(self, x):
+        {walk}
+            x = x + {branch}
+        return x
+"""
+
+
+@pytest.mark.parametrize(
+    ("walk", "branch", "walked", "count"),
+    [
+        ("for w, layer in zip(self.ws, self.layers):", "torch.tanh(layer(x @ w))", "self.layers", 3),
+        ("for w, layer in zip(self.ws, self.layers):", "torch.tanh(layer(x)) @ w", "self.ws", 3),
+        ("for w in self.ws:", "torch.tanh(x @ w)", "self.ws", 3),
+        ("for w in self.ws[1:]:", "torch.tanh(x @ w)", "self.ws[1:]", 2),
+        ("for i in range(3):", "torch.tanh(x @ self.ws[i])", "self.ws", 3),
+    ],
+)
+def test_a_list_of_parameters_is_walked_alike_on_every_route(
+    walk: str, branch: str, walked: str, count: int, tmp_path: Path
+) -> None:
+    text = PARAMETER_LISTS.replace("{walk}", walk).replace("{branch}", branch)
+    file = tmp_path / "lists.py"
+    file.write_text(text)
+    scope: dict[str, Any] = {"__name__": "lists"}
+    exec(compile(text, str(file), "exec"), scope)
+    model, x = scope["Net"](), torch.randn(2, 8)
+    exact: dict[str, Any] = {"file": str(file), "model": model, "example_inputs": x}
+    for report in (rz.audit(model, x), rz.audit_source(text), rz.audit_source(text, **exact)):
+        ((gate,),) = [site.gates for site in report.plan.converted]
+        assert [loop.modules for loop in gate.loops] == [walked]
+    live = rz.convert(model, x)
+    assert [name for name, _ in rz.alphas(live)] == [f"alpha.{number}" for number in range(count)]
+    for made in (rz.convert_source(text), rz.convert_source(text, **exact)):
+        exec(made.text, scope)
+        twin = scope["Net"]()
+        for number, (_, alpha) in enumerate(rz.alphas(live)):
+            torch.nn.init.constant_(alpha, 0.1 + number)
+        twin.load_state_dict(live.state_dict())
+        assert torch.equal(twin(x), live(x))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import cProfile
 import gc
+import pstats
 from collections.abc import Iterator
 from typing import Any
 
@@ -318,3 +320,26 @@ def test_what_a_run_puts_into_empty_containers_is_taken_out() -> None:
     assert all(
         one is other for one, other in zip(held, (model.seen, model.table, model.names, model.order), strict=True)
     )
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4)
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc(self.norm(x))
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_twice_the_depth_is_twice_the_calls(verify: bool) -> None:
+    def calls(depth: int) -> int:
+        model, x = nn.Sequential(*(Normed() for _ in range(depth))), torch.randn(2, 4)
+        with cProfile.Profile() as profile:
+            rz.convert(model, x, verify=verify)
+        return int(pstats.Stats(profile).total_calls)  # type: ignore[attr-defined]  # absent from the stubs
+
+    calls(2)
+    few, more, most = (calls(depth) for depth in (20, 40, 80))
+    assert (most - more) / (more - few) == pytest.approx(2.0, abs=0.01)

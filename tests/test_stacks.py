@@ -237,6 +237,20 @@ def test_the_gate_sums_its_gradient_in_single_precision() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1,), (400,)])
+def test_without_gradients_a_gate_gives_the_same_numbers_in_one_operation(
+    dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    branch, alpha = torch.randn(300, 400, dtype=dtype), torch.randn(shape, dtype=dtype).requires_grad_()
+    kept = rezero_gate(alpha, branch)
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        plain = rezero_gate(alpha, branch)
+    assert torch.equal(kept, plain)
+    assert kept.requires_grad
+    assert [event.name for event in profile.events() or () if event.name.startswith("aten::")] == ["aten::mul"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_and_grad_scaler(dtype: torch.dtype) -> None:
     model, reference = moved(converted()), moved(converted())
     original, types = gpt(), []

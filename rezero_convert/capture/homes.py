@@ -22,7 +22,7 @@ def home(file: str) -> str:
         return file
     own = _classes(file)
     best = max(((len(own & _classes(other)), other) for other in _installed(os.path.basename(file))), default=(0, file))
-    return best[1] if own and 2 * best[0] >= len(_classes(best[1])) else file
+    return best[1] if best[0] and 2 * best[0] >= len(_classes(best[1])) else file
 
 
 def _classes(file: str) -> frozenset[str]:

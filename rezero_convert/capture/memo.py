@@ -67,7 +67,7 @@ class Fakes:
 
     def __init__(self, mode: FakeTensorMode) -> None:
         self.mode = mode
-        self._states: dict[torch.device, dict[str, Any]] = {}
+        self._states: dict[torch.device, tuple[torch.device, dict[str, Any]]] = {}
         unsafe = mode._allow_unsafe_data_ptr_access
         self._guard = (
             torch._C._set_warn_deprecated_on_mutable_data_ptr if unsafe else torch._C._set_throw_on_mutable_data_ptr
@@ -75,13 +75,13 @@ class Fakes:
 
     def __call__(self, value: Tensor, device: torch.device) -> FakeTensor:
         """The fake tensor on `device` that a tensor on the meta device stands for."""
-        state = self._states.get(device)
-        if state is None:
+        if device not in self._states:
             first = FakeTensor(self.mode, value, device)
-            self._states[device] = dict(vars(first))
+            self._states[device] = first.fake_device, dict(vars(first))
             return first
+        full, state = self._states[device]
         made: FakeTensor = Tensor._make_subclass(
-            FakeTensor, value, False, dispatch_device=True, device_for_backend_keys=state["_fake_device"]
+            FakeTensor, value, False, dispatch_device=True, device_for_backend_keys=full
         )
         self._guard(made)
         made.__dict__.update(state)

@@ -244,11 +244,16 @@ def _settle_norms(flow: Flow, drafts: list[Draft], others: list[arms.Arm]) -> li
         for frames in (flow.origin(node).frames,)
         for frame in frames
     }
+    kept = {
+        norm.at.span: norm.reason for arm in others for norm in arms.norms(arm) if norm.action == "keep" and norm.at
+    }
     for member in (member for draft in drafts for member in draft.members):
         norm, frames = final[member.norm], flow.origin(member.node).frames
         where = busy.get((norm.at.span, frames[-1].owner)) if norm.at is not None and frames else None
         if where is not None and not norm.path and norm.action == "bypass":
             final[member.norm] = replace(norm, action="keep", reason=f"its text also runs outside a branch, at {where}")
+        elif norm.at is not None and norm.action == "bypass" and norm.at.span in kept:
+            final[member.norm] = replace(norm, action="keep", reason=kept[norm.at.span])
     return [replace(draft, site=_with_norms(draft, final)) if draft.members else draft for draft in drafts]
 
 
@@ -382,8 +387,10 @@ def _weights(draft: Draft, number: int, gate: Gate) -> list[str]:
 
 
 def _elements(flow: Flow, owner: str, path: str) -> tuple[str, ...] | None:
-    """The names of the modules in a list or dictionary below an owner."""
+    """The names of what a list or dictionary of modules, or of parameters, below an owner holds."""
     module = flow.module(f"{owner}.{path}" if owner else path)
+    if isinstance(module, (nn.ParameterList, nn.ParameterDict)):
+        return tuple(module._parameters)
     return None if module is None else tuple(module._modules)
 
 

@@ -8,6 +8,7 @@ from math import prod
 from types import MappingProxyType
 from typing import Literal
 
+from torch import fx
 from torch._ops import OpOverload, OpOverloadPacket
 
 from ..capture.graphs import is_flat
@@ -310,7 +311,14 @@ def _linear_source(flow: Flow, node: int) -> int | None:
         return None
     facts = flow.facts[node]
     scaled = name in ("mul", "div", "add", "sub", "cat", "neg") or name in _REDUCTIONS
-    return sources[0] if facts.kind in _LINEAR_KINDS or scaled else None
+    return sources[0] if facts.kind in _LINEAR_KINDS or scaled or _is_projected(flow, node) else None
+
+
+def _is_projected(flow: Flow, node: int) -> bool:
+    """Whether a node is the product of one value, once, and a given matrix: a linear layer without a module."""
+    factors: list[fx.Node] = []
+    fx.node.map_arg((flow.nodes[node].args, flow.nodes[node].kwargs), factors.append)
+    return flow.name(node) in _MATRIX_PRODUCTS and len(factors) == 2 and has_weight(flow, node)
 
 
 def _carried(flow: Flow, node: int) -> Iterator[int]:

@@ -394,15 +394,21 @@ def zeroed(file: str) -> frozenset[str]:
 
     "norm.weight" for `m.norm.weight`, "gate.1.bias" for `m.gate[1].bias`, "gate.*.bias" for `m.gate[-1].bias`.
     """
+    return frozenset(path for path, zero in filled(file) if zero)
+
+
+@sources.cached_by_file
+def filled(file: str) -> frozenset[tuple[str, bool]]:
+    """What initialisers in a file fill, as paths on some module (`zeroed`), each with whether by zeros."""
     found = set()
     for node in sources.nodes(file):
-        if isinstance(node, ast.Call) and _initialises(node) and _fills_zero(node):
+        if isinstance(node, ast.Call) and _initialises(node):
             target: ast.AST | None = node.args[0] if node.args else None
             if not isinstance(_attached(target), ast.Attribute):
                 target = node.func.value if isinstance(node.func, ast.Attribute) else None
             names = _segments(target)
             if names:
-                found.add(".".join(name for name in names if name != "data"))
+                found.add((".".join(name for name in names if name != "data"), _fills_zero(node)))
     return frozenset(found)
 
 

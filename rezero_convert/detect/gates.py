@@ -14,7 +14,7 @@ from .. import sources
 from ..capture.trace import Call
 from ..plan import Repair, RepairKind
 from . import code
-from .blocks import Branch
+from .blocks import Branch, has_weight
 from .flow import Flow
 from .patterns import POINTWISE
 from .sums import weight
@@ -24,6 +24,14 @@ _ZERO_ACTIVATIONS = _ZERO_AT_ZERO | frozenset(
     "relu6 leaky_relu leakyrelu gelu silu mish elu selu celu hardswish".split()
 )
 _GATE_STEPS = frozenset({"mul", "div"})
+_ZERO_OF_ZEROS = frozenset("add sub cat stack sum mean abs square matmul mm bmm einsum".split())
+_WEIGHT_AND_BIAS = {
+    "batch_norm": ("weight", 3, "bias", 4),
+    **dict.fromkeys(("layer_norm", "rms_norm", "group_norm"), ("weight", 2, "bias", 3)),
+    "addmm": ("mat2", 2, "input", 0),
+    "baddbmm": ("batch2", 2, "input", 0),
+}
+"""Where functional layers take their weight and bias, by name and position; the others second and third."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +203,10 @@ def _parameters(flow: Flow, node: int) -> list[int]:
     return found
 
 
+def _paths(flow: Flow, node: int) -> list[str]:
+    return [flow.parameter(root) or "" for root in _parameters(flow, node)]
+
+
 def _vanishes_with(flow: Flow, node: int, root: int) -> bool:
     """Whether a value computed from one parameter is zero when that is."""
     while node != root:
@@ -208,12 +220,13 @@ def _vanishes_with(flow: Flow, node: int, root: int) -> bool:
 
 
 def _value(flow: Flow, node: int) -> torch.Tensor | None:
-    """What pointwise operations make of live parameters now; None if that cannot be said."""
+    """What pointwise operations and products make of live parameters now; None if that cannot be said."""
     target = flow.nodes[node]
     if target.op == "get_attr":
         value = parameter(flow, str(target.target))
         return None if value is None or value.is_meta else value.detach().clone()
-    if target.op == "call_module" or not (flow.name(node) in POINTWISE or flow.facts[node].kind == "layout"):
+    known = flow.name(node) in POINTWISE or flow.name(node) in ("matmul", "mm") or flow.facts[node].kind == "layout"
+    if target.op == "call_module" or not known:
         return None
     sources = {source: _value(flow, flow.index[source]) for source in target.all_input_nodes}
     if any(value is None for value in sources.values()):
@@ -254,7 +267,7 @@ def repairs(flow: Flow, branch: Branch) -> Iterator[Repair]:
         elif node in flow.steps or target.op == "call_module":
             path = flow.steps[node].path if node in flow.steps else str(target.target)
             yield from _layer_repairs(flow, path, flow.facts[node].kind)
-        elif flow.facts[node].kind in ("linear", "norm"):
+        elif flow.facts[node].kind in ("linear", "norm") or has_weight(flow, node):
             yield from _function_repairs(flow, node)
 
 
@@ -263,18 +276,25 @@ def _factors(flow: Flow, product: int, branch: Branch) -> Iterator[int]:
     for node in flow.inputs[product]:
         while node in branch.region[1:] and _keeps_zero(flow, node):
             (node,) = flow.inputs[node]
-        if node in branch.region[1:] and node not in branch.cuts and flow.facts[node].kind == "linear":
+        if node in branch.region[1:] and node not in branch.cuts and has_weight(flow, node):
             yield node
 
 
 def _keeps_zero(flow: Flow, node: int) -> bool:
-    kind, name = flow.facts[node].kind, flow.name(node).lower()
-    return len(flow.inputs[node]) == 1 and (kind in ("layout", "dropout") or name in _ZERO_ACTIVATIONS)
+    return len(flow.inputs[node]) == 1 and _passes_zero(flow, node)
+
+
+def _passes_zero(flow: Flow, node: int) -> bool:
+    return flow.facts[node].kind in ("layout", "dropout") or flow.name(node).lower() in _ZERO_ACTIVATIONS
 
 
 def _written_repairs(flow: Flow, node: int) -> Iterator[Repair]:
     """A layer that some statement of the file fills with zeros, perhaps under a condition."""
     kind, frames = flow.facts[node].kind, flow.origin(node).frames
+    bare = _written_parameter(flow, node) if frames and has_weight(flow, node) else ""
+    if bare:
+        yield Repair(bare, "reset", certain=False, owner=_owner(flow, bare, frames[0].span.file))
+        return
     if kind not in ("norm", "linear") or not frames or flow.nodes[node].op == "get_attr":
         return
     path = flow.steps[node].path if node in flow.steps else str(flow.nodes[node].target)
@@ -285,12 +305,31 @@ def _written_repairs(flow: Flow, node: int) -> Iterator[Repair]:
         )
         path = path.removesuffix(".weight")
     if path and _is_written_zero(flow, node, path, kind):
-        holders = [call for call in flow.trace.calls if call.path and path.startswith(f"{call.path}.")]
-        here = [call for call in holders if sources.class_of(frames[0].span.file, call.cls) is not None]
-        within = max(here, key=lambda call: len(call.path), default=None)
-        owner = None if within is None else (within.path, within.cls)
         undone: RepairKind = "ones" if kind == "norm" else "unwrap" if _is_wrapped(flow, node) else "reset"
+        owner = _owner(flow, path, frames[0].span.file)
         yield Repair(f"{path}.weight", undone, certain=False, owner=owner)
+
+
+def _owner(flow: Flow, path: str, file: str) -> tuple[str, str] | None:
+    """Path and class of the innermost module of the file that holds a layer or parameter, the root aside."""
+    holders = [call for call in flow.trace.calls if call.path and path.startswith(f"{call.path}.")]
+    here = [call for call in holders if sources.class_of(file, call.cls) is not None]
+    within = max(here, key=lambda call: len(call.path), default=None)
+    return None if within is None else (within.path, within.cls)
+
+
+def _written_parameter(flow: Flow, node: int) -> str:
+    """The path of the parameter that a value is multiplied by, if its class makes it zero by the text; else ""."""
+    weight = _weight_of(flow, node) if flow.nodes[node].op != "call_module" and node not in flow.steps else None
+    roots = _parameters(flow, weight) if weight is not None else []
+    if weight is None or len(roots) != 1 or not _vanishes_with(flow, weight, roots[0]):
+        return ""
+    frame, path = flow.origin(node).frames[-1], flow.parameter(roots[0]) or ""
+    name = path.removeprefix(f"{frame.owner}." if frame.owner else "")
+    made = _as_written(flow.nodes[roots[0]].meta.get("constructor", ""))[1]
+    again = any(other.endswith(name) and not zero for other, zero in code.filled(frame.place.file))
+    zero = (made and not again) or code.is_zeroed_by(frame.place.file, frame.place.cls, name)
+    return path if zero and "." not in name else ""
 
 
 def _is_wrapped(flow: Flow, node: int) -> bool:
@@ -328,30 +367,34 @@ def _layer_repairs(flow: Flow, path: str, kind: str) -> Iterator[Repair]:
 
 
 def _function_repairs(flow: Flow, node: int) -> Iterator[Repair]:
-    """A functional layer whose weight is a zero parameter, or computed as a product with one (NF-ResNet's `gain`)."""
+    """A functional layer or a product with a matrix, which is a zero parameter or computed as a product with one
+    (NF-ResNet's `gain`)."""
     weight = _weight_of(flow, node)
-    if weight is None:
+    roots = _parameters(flow, weight) if weight is not None else []
+    values = {root: parameter(flow, flow.parameter(root) or "") for root in roots}
+    zero = [root for root, value in values.items() if isinstance(value, nn.Parameter) and is_zero(value)]
+    now = _value(flow, weight) if weight is not None and zero else None
+    if weight is None or not (now is None or is_zero(now)):
         return
-    for root in _parameters(flow, weight):
-        path = flow.parameter(root) or ""
-        value = parameter(flow, path)
-        if isinstance(value, nn.Parameter) and is_zero(value):
-            yield Repair(path, "reset" if root == weight and flow.facts[node].kind == "linear" else "ones")
+    layer = flow.facts[node].kind in ("linear", "norm")
+    for root in zero:
+        alone = _vanishes_with(flow, weight, root)
+        if alone or layer:
+            how: RepairKind = "reset" if alone and flow.facts[node].kind != "norm" else "ones"
+            yield Repair(flow.parameter(root) or "", how)
 
 
 def _weight_of(flow: Flow, node: int) -> int | None:
-    """The constant operand that a functional layer multiplies by, if no other operand adds to the result."""
+    """The constant operand that a functional layer or a matrix product multiplies by, if nothing is added to that."""
     target = flow.nodes[node]
-    others = [target.kwargs.get(name) for name in ("weight", "bias")]
-    place = (
-        3
-        if flow.name(node) == "batch_norm"
-        else 2
-        if flow.name(node) in ("layer_norm", "rms_norm", "group_norm")
-        else 1
-    )
-    given = [others[0] or (target.args[place] if len(target.args) > place else None)]
-    given.append(others[1] or (target.args[place + 1] if len(target.args) > place + 1 else None))
+    if flow.facts[node].kind not in ("linear", "norm"):
+        weights = [source for source in flow.inputs[node] if flow.constant[source]]
+        return weights[0] if len(weights) == 1 else None
+    name, place, other, behind = _WEIGHT_AND_BIAS.get(flow.name(node), ("weight", 1, "bias", 2))
+    given = [
+        target.kwargs.get(key) or (target.args[position] if len(target.args) > position else None)
+        for key, position in ((name, place), (other, behind))
+    ]
     weight, bias = (flow.index[value] if isinstance(value, fx.Node) else None for value in given)
     if bias is not None and not all(
         is_zero(parameter(flow, flow.parameter(root) or "")) for root in _parameters(flow, bias)
@@ -375,21 +418,41 @@ def held_at_zero(flow: Flow, branch: Branch, repaired: Collection[str]) -> str |
     """
     zero: dict[int, str] = {}
     for node in branch.region[1:]:
-        target, inputs = flow.nodes[node], flow.inputs[node]
-        sources = [source for source in inputs if not flow.constant[source]]
-        if _computing_layer(flow, node) == node and f"{target.target}.weight" not in repaired:
-            zero[node] = str(target.target)
-        elif flow.name(node) == "mul" and node not in flow.steps:
-            if 0 in [arg for arg in target.args if isinstance(arg, (int, float))]:
-                zero[node] = "the factor 0"
-            for source in inputs:
-                if flow.constant[source] and is_zero(_value(flow, source)):
-                    zero[node] = ", ".join(flow.parameter(root) or "" for root in _parameters(flow, source))
-                elif source in zero:
-                    zero[node] = zero[source]
-        elif flow.facts[node].kind in ("layout", "dropout") and len(sources) == 1 and sources[0] in zero:
-            zero[node] = zero[sources[0]]
+        cause = _held(flow, node, zero, repaired)
+        if cause is not None:
+            zero[node] = cause
     return zero.get(branch.term.value)
+
+
+def _held(flow: Flow, node: int, zero: dict[int, str], repaired: Collection[str]) -> str | None:
+    """What makes a value zero, given the values before it that are."""
+    target, inputs = flow.nodes[node], flow.inputs[node]
+    moving = [source for source in inputs if not flow.constant[source]]
+    if _computing_layer(flow, node) == node and f"{target.target}.weight" not in repaired:
+        return str(target.target)
+    if target.op == "call_module" or node in flow.steps:
+        return zero.get(moving[0]) if len(moving) == 1 and _passes_zero(flow, node) else None
+    product = flow.name(node) == "mul" or has_weight(flow, node)
+    if flow.name(node) == "mul" and 0 in [arg for arg in target.args if isinstance(arg, (int, float))]:
+        return "the factor 0"
+    layer = flow.facts[node].kind in ("linear", "norm")
+    weight = _weight_of(flow, node) if layer else None
+    factors = inputs if product and not layer else () if weight is None else (weight,)
+    for source in factors:
+        paths = _paths(flow, source) if flow.constant[source] and _is_zero_now(flow, source) else []
+        if source in zero or (paths and not set(paths) & set(repaired)):
+            return zero.get(source, ", ".join(paths))
+    if not moving or not (_passes_zero(flow, node) or flow.name(node) in _ZERO_OF_ZEROS):
+        return None
+    held = all(source in zero or (flow.constant[source] and _is_zero_now(flow, source)) for source in inputs)
+    return zero[moving[0]] if held else None
+
+
+def _is_zero_now(flow: Flow, node: int) -> bool:
+    """Whether a constant is zero now. What is computed from matrices is looked at only if one of them is zero."""
+    roots = [parameter(flow, path) for path in _paths(flow, node)]
+    matrices = any(value is not None and value.numel() > max(value.shape, default=1) for value in roots)
+    return (any(map(is_zero, roots)) or not matrices) and is_zero(_value(flow, node))
 
 
 def is_zero(value: object) -> bool:

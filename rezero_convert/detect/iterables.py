@@ -77,3 +77,25 @@ def wrapped(node: ast.expr, name: str) -> ast.expr | None:
     if plain and isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name:
         return node.args[0]
     return None
+
+
+def counts(node: ast.expr) -> tuple[int, int] | None:
+    """First number and step of a `range` that counts up, or down to 0, the first as 0; None for anything else."""
+    named = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "range"
+    if not named or not isinstance(node, ast.Call) or node.keywords or not 1 <= len(node.args) <= 3:
+        return None
+    given = [_number(arg) for arg in node.args]
+    if len(given) == 1:
+        return 0, 1
+    first, end, step = (*given, 1)[:3]
+    if (end, step) == (-1, -1):
+        return 0, 1
+    return (first, step) if first is not None and first >= 0 and step is not None and step > 0 else None
+
+
+def _number(node: ast.expr) -> int | None:
+    try:
+        value = ast.literal_eval(node)
+    except (ValueError, TypeError):
+        return None
+    return value if isinstance(value, int) else None

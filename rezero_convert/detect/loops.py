@@ -45,6 +45,8 @@ class _Star:
     """What the clause goes through, or the list that its count is an index of."""
     variable: str
     index: str
+    counts: tuple[int, int] = (0, 1)
+    """First value and step of a count that is an index of the list."""
     backwards: bool = False
     choices: tuple[str, ...] = ()
     """The paths that a display of modules holds, `for f in (self.a, self.b)`."""
@@ -155,8 +157,8 @@ class _Names:
     """What names in a method stand for."""
 
     modules: dict[str, _Path]
-    counters: dict[str, _Clause]
-    """The variables that count passes from 0."""
+    counters: dict[str, tuple[_Clause, tuple[int, int]]]
+    """The variables that count passes, with first value and step."""
     keys: dict[str, _Path]
     """The variables that may be keys of a dictionary of modules, with the path of the element."""
 
@@ -166,11 +168,11 @@ def _names_in(place: Place, clauses: Sequence[_Clause]) -> _Names:
     values = iterables.variables(place)
     for clause in clauses:
         walk = iterables.expanded(clause.iter, values)
-        index = _count_variable(clause.target, walk)
+        index, counts = _count_variable(clause.target, walk)
         if index:
-            names.counters[index] = clause
+            names.counters[index] = clause, counts
         for target, walked, backwards in _walked(clause.target, walk):
-            _enter(target, _Star(clause, walked, ast.unparse(target), index, backwards), names)
+            _enter(target, _Star(clause, walked, ast.unparse(target), index, backwards=backwards), names)
     return names
 
 
@@ -216,7 +218,8 @@ def _path(node: ast.expr, names: _Names) -> _Path | None:
         return (*base, str(node.slice.value))
     key = node.slice.id if isinstance(node.slice, ast.Name) else ""
     if key in names.counters:
-        return (*base, _Star(names.counters[key], node.value, key, key))
+        clause, counts = names.counters[key]
+        return (*base, _Star(clause, _part(node.value, *counts), key, key, counts))
     element = names.keys.get(key)
     return element if element is not None and element[:-1] == base else None
 
@@ -276,14 +279,30 @@ def _bind(target: ast.expr, path: _Path | None, names: _Names) -> None:
             _bind(element, (*path, str(number)) if path is not None else None, names)
 
 
-def _count_variable(target: ast.expr, walk: ast.expr) -> str:
-    """The variable that counts the passes of a loop from 0, or down to it; "" if it has none."""
+def _part(walked: ast.expr, first: int, step: int) -> ast.expr:
+    """The part of a list whose indices a loop counts."""
+    if (first, step) == (0, 1):
+        return walked
+    ends = [ast.Constant(number) if number != default else None for number, default in ((first, 0), (step, 1))]
+    return ast.Subscript(walked, ast.Slice(ends[0], None, ends[1]), ast.Load())
+
+
+def _count_variable(target: ast.expr, walk: ast.expr) -> tuple[str, tuple[int, int]]:
+    """The variable that counts the passes of a loop, be it down, its first value and step; "" if it has none."""
     walk = iterables.wrapped(walk, "reversed") or walk
-    if iterables.wrapped(walk, "range") is not None and isinstance(target, ast.Name):
-        return target.id
+    counts = iterables.counts(walk)
+    if counts is not None and isinstance(target, ast.Name):
+        return target.id, counts
     counted = iterables.wrapped(walk, "enumerate") is not None and isinstance(target, ast.Tuple)
     first = target.elts[0] if counted and isinstance(target, ast.Tuple) else None
-    return first.id if isinstance(first, ast.Name) else ""
+    return first.id if isinstance(first, ast.Name) else "", (0, 1)
+
+
+def _index(star: _Star) -> str:
+    """The number of a loop's pass, as an expression."""
+    first, step = star.counts
+    index = star.index if not first else f"{star.index} - {first}"
+    return index if step == 1 else f"({index}) // {step}" if first else f"{index} // {step}"
 
 
 def _walk(place: Place, path: _Path, found: list[tuple[str, ...]], elements: Elements) -> Walk | Refused:
@@ -312,11 +331,18 @@ def _walk(place: Place, path: _Path, found: list[tuple[str, ...]], elements: Ele
                 return _not_every(written)
             numbers |= {(*prefix, name): walked.index(name) for name in own}
         counted = level + 1 < len(stars) and star.variable == star.index
-        modules = f"range(len({written}))" if counted else written
+        modules = f"range({_counted(star, place.file, me)})" if counted else written
         backwards = star.backwards and not star.index
-        loops.append(Loop(_first_variable(place.file, star.clause), modules, star.variable, star.index, backwards))
+        loops.append(Loop(_first_variable(place.file, star.clause), modules, star.variable, _index(star), backwards))
     members = sorted([numbers[names[: level + 1]] for level in range(len(stars))] for names in found)
     return Walk(tuple(loops), tuple(".".join(map(str, member)) for member in members))
+
+
+def _counted(star: _Star, file: str, me: str) -> str:
+    """What a loop that counts indices of a list goes through, as the arguments of `range`."""
+    first, step = star.counts
+    whole = f"len({_written(file, _unsliced(star.walked) if star.counts != (0, 1) else star.walked, me)})"
+    return whole if (first, step) == (0, 1) else f"{first}, {whole}" + (f", {step}" if step != 1 else "")
 
 
 def _filled(path: _Path, names: tuple[str, ...]) -> str:

@@ -36,8 +36,9 @@ def mark(undo: ExitStack, model: nn.Module, options: Options, gates: Iterable[st
     names = list(gates)
     first: dict[int, dict[str, Any]] = {}
     for path, module in model.named_modules():
-        config, own = _config(module), _below(path, names)
-        if config is None or not own:
+        config = _config(module)
+        own = _below(path, names) if config is not None else []
+        if not own:
             continue
         if id(config) in first:
             first[id(config)].setdefault("inside", {})[path] = shown(own)
@@ -52,8 +53,10 @@ def mark_folded(undo: ExitStack, model: nn.Module, gates: Iterable[str]) -> None
     """Write that these gates are in the weights."""
     names = list(gates)
     for path, module in model.named_modules():
-        config, found, own = _config(module), marker(module), _below(path, names)
-        if config is not None and found is not None and own:
+        config, found = _config(module), marker(module)
+        if config is None or found is None:
+            continue
+        if own := _below(path, names):
             put(undo, config.__dict__, MARKER, {**found, "folded": sorted({*found.get("folded", []), *own})})
 
 

@@ -280,6 +280,8 @@ def repair(
     if how == "unwrap":
         wrapped = [_unwrapped(source, value) for _, value, _ in resolve(source, cls, path.split(".")[:-1])]
         return set(), [edit for edit in wrapped if edit is not None], []
+    if how == "reset" and not rest:
+        return set(), _filled_anew(source, cls, attribute, names), []
     family = related(source, cls)
     found = [
         call
@@ -292,6 +294,26 @@ def repair(
     if how == "reset":
         return {call.stmt for call in found}, [], []
     return set(), [_refilled_like(source, call.call, names) for call in found], []
+
+
+def _filled_anew(source: Source, cls: ast.ClassDef, attribute: str, names: Names) -> list[Edit]:
+    """A parameter of the class's own, which no layer initializes, gets the start value that a linear layer has.
+
+    Raises:
+        ConversionError: its text is not found.
+    """
+    filled = f"{names.nn}.init.kaiming_uniform_({{}}, a=5**0.5)"
+    calls = [call for call in init_calls(source, related(source, cls), attribute) if _is_zero(call.call)]
+    own = [call.call for call in calls if not call.rest and call.call.args]
+    if own:
+        return [Edit(*source.span(call), filled.format(source.segment(call.args[0]))) for call in own]
+    made = makers(source, cls, attribute)
+    if len(made) != 1 or calls:
+        raise ConversionError(f"{source.file}:{cls.lineno}: {attribute} of {cls.name} starts at zero, and stays so")
+    (one,) = made
+    suite = next(s for s in _suites_of(one.function) if one.stmt in s)
+    line = filled.format(f"{self_name(one.function)}.{attribute}")
+    return [insert(source, after(source, one.stmt, suite), source.indent(one.stmt.lineno), [line])]
 
 
 def _is_element(written: Sequence[str], rest: list[str], source: Source, cls: ast.ClassDef, attribute: str) -> bool:

@@ -29,6 +29,8 @@ def rezero_gate(alpha: Tensor, branch: Tensor | float) -> Tensor:
     if isinstance(branch, (int, float)):
         return alpha * branch
     if isinstance(branch, Tensor) and (branch.dtype == torch.float16 or branch.dtype == torch.bfloat16):
+        if alpha.dtype == branch.dtype and not torch.is_grad_enabled():
+            return alpha * branch  # the same numbers in one pass
         return (alpha.float() * branch).to(branch.dtype)
     return (alpha * branch).to(branch.dtype)
 

@@ -483,7 +483,7 @@ class _Editor(cst.CSTTransformer):
         used = self._names(clauses[0])
         for depth, (clause, loop) in enumerate(zip(clauses, change.loops, strict=True), 1):
             if loop.index:
-                alpha = cst.Subscript(alpha, [cst.SubscriptElement(cst.Index(cst.Name(loop.index)))])
+                alpha = cst.Subscript(alpha, [cst.SubscriptElement(cst.Index(cst.parse_expression(loop.index)))])
                 continue
             name = change.alpha.replace("alpha", "alpha" + "s" * (len(clauses) - depth), 1)
             if name in used:

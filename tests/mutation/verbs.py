@@ -244,8 +244,8 @@ FAULTS = (
     Fault(
         "a model inside is not known as converted",
         "rewrite/marker.py",
-        "        if config is None or not own:\n",
-        "        if path or config is None or not own:\n",
+        "        own = _below(path, names) if config is not None else []\n",
+        "        own = _below(path, names) if config is not None and not path else []\n",
         "test_checkpoints.py::test_a_model_inside_that_is_saved_alone_is_known_as_converted",
     ),
     # passes, files, the command
