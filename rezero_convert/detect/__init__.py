@@ -25,7 +25,7 @@ from . import arms, code, helpers, loops, names, norms, placements, unrolled
 from .biases import headed
 from .blocks import Block, Nested, Refusal, find, owner_call
 from .drafts import Draft, class_name, in_helper, is_gated, of_block, placed, relative, request, site_of, unwanted
-from .flow import Flow, around, flow, spans
+from .flow import Flow, Shared, around, flow, spans
 
 __all__ = ["detect", "outside"]
 
@@ -90,7 +90,7 @@ def _plan(trace: Trace, options: Options) -> Plan:
     return Plan(tuple(ordered), options, trace.route, trace.scalars, notes, _kept_calls(facts, ordered))
 
 
-def _shared(flow: Flow, drafts: list[Draft], merged: list[Draft]) -> dict[tuple[Span, ...], int]:
+def _shared(flow: Flow, drafts: list[Draft], merged: list[Draft]) -> dict[tuple[Span, ...], Shared]:
     """The adds in functions that several calls share: each of these is a block of its own (see `Flow.shared`)."""
     refused = {(one.site.path, one.site.span) for one in merged if one.site.code == "RZ911"}
     wanted: dict[tuple[Span, ...], list[Draft]] = {}
@@ -102,16 +102,17 @@ def _shared(flow: Flow, drafts: list[Draft], merged: list[Draft]) -> dict[tuple[
     every: dict[tuple[Span, ...], list[tuple[Frame, ...]]] = {}
     for frames in (origin(node).frames for node in flow.nodes) if wanted else ():
         every.setdefault(spans(frames), []).append(around(frames))
-    found: dict[tuple[Span, ...], int] = {}
+    found: dict[tuple[Span, ...], Shared] = {}
     for key, runs in wanted.items():
         undecided = any((draft.site.path, draft.site.span) in refused for draft in runs)
         levels, apart = _levels(every[key])
         if not (apart or undecided) or any(len(stack) <= levels for stack in every[key]):
             continue
-        further = replace(flow, shared={**flow.shared, key: levels})
+        calls = Shared(levels, tuple(sorted({stack[levels].span.line for stack in every[key]})))
+        further = replace(flow, shared={**flow.shared, key: calls})
         results = [placed(further, draft.block, draft.site)[0] for draft in runs]
         if all(isinstance(one, Site) or one == "RZ900" for one in results) or (apart and undecided):
-            found[key] = levels
+            found[key] = calls
     return found
 
 

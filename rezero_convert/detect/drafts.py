@@ -14,7 +14,7 @@ from . import carries, code, gates, helpers, names, norms
 from .biases import biases
 from .blocks import Block, Branch, describe, has_weight, owner_call
 from .channels import channels
-from .flow import Flow, alike, is_shared
+from .flow import Flow, shared
 from .sums import Sum, Term
 
 _KEPT_ACTIVATIONS = frozenset({"sigmoid", "softmax", "Sigmoid", "Softmax", "Softmax2d", "LogSoftmax", "log_softmax"})
@@ -175,10 +175,10 @@ def placed(flow: Flow, block: Block, site: Site) -> tuple[Site, dict[Term, Opera
         if code.operand(at) is None:
             return "RZ912", "the operands of the add are not found in its text"
         if in_helper(flow, term.add) and term is not block.shortcut:
-            argument = helpers.argument(flow, frames, at, shared=is_shared(flow, term.add))
+            several = shared(flow, term.add)
+            argument = helpers.argument(flow, frames, at, shared=several is not None)
             if not isinstance(argument, Operand):
-                calls = _calls(flow, term.add)
-                return ("RZ911", f"one add for the calls in {calls}: {argument}") if calls else ("RZ912", argument)
+                return ("RZ912", argument) if several is None else ("RZ911", f"{_served(several.lines)}: {argument}")
             at = argument
         operands[term] = at
     frames = flow.origin(block.sum.node).frames
@@ -194,16 +194,11 @@ def in_helper(flow: Flow, node: int) -> bool:
     A comprehension is part of its method, a nested function too, unless several calls share it.
     """
     frames = flow.origin(node).frames
-    return is_shared(flow, node) or (frames[0].owner is None and frames[0].place != frames[-1].place)
+    return shared(flow, node) is not None or (frames[0].owner is None and frames[0].place != frames[-1].place)
 
 
-def _calls(flow: Flow, node: int) -> str:
-    """The lines of the calls that share an add; "" if it is the add of one place."""
-    if not is_shared(flow, node):
-        return ""
-    stacks = [flow.origin(one).frames for one in alike(flow, node)]
-    lines = sorted({frames[-1].span.line for frames in stacks})
-    return f"line{'s' if len(lines) > 1 else ''} {' and '.join(map(str, lines))}"
+def _served(lines: tuple[int, ...]) -> str:
+    return f"one add for the calls in line{'s' * (len(lines) > 1)} {' and '.join(map(str, lines))}"
 
 
 def _unreadable(frames: tuple[Frame, ...]) -> tuple[str, str] | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from torch import fx, nn
 
@@ -31,6 +32,14 @@ _FIRST = frozenset(
 )
 
 
+class Shared(NamedTuple):
+    """The calls that share an add."""
+
+    levels: int
+    """How many calls further out than the add the blocks are written."""
+    lines: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Flow:
     """Data flow over the nodes of a trace, by number."""
@@ -50,14 +59,13 @@ class Flow:
     """The other nodes of such rows, and of such modules in graphs."""
     constant: tuple[bool, ...]
     """Depends on parameters and constants only, on no input of the model, be it as an index."""
-    shared: Mapping[tuple[Span, ...], int] = field(default_factory=dict)
-    """The adds, by the spans of their frames, that stand for several blocks, each written where their function is
-    called; and how many calls further out that is."""
+    shared: Mapping[tuple[Span, ...], Shared] = field(default_factory=dict)
+    """The adds, by the spans of their frames, that stand for several blocks."""
 
     def origin(self, node: int) -> Origin:
         here = origin(self.nodes[node])
-        levels = self.shared.get(spans(here.frames)) if self.shared else None
-        return here if levels is None else replace(here, frames=_further(here.frames, levels))
+        shared = self.shared.get(spans(here.frames)) if self.shared else None
+        return here if shared is None else replace(here, frames=_further(here.frames, shared.levels))
 
     def shape(self, node: int) -> tuple[int, ...] | None:
         return self.origin(node).shape
@@ -161,15 +169,9 @@ def around(frames: tuple[Frame, ...]) -> tuple[Frame, ...]:
     return (*frames[:-1], frames[-1]._replace(callers=()), *frames[-1].callers) if frames else ()
 
 
-def is_shared(flow: Flow, node: int) -> bool:
-    """Whether the text of an add stands for several blocks."""
-    return bool(flow.shared) and spans(origin(flow.nodes[node]).frames) in flow.shared
-
-
-def alike(flow: Flow, node: int) -> list[int]:
-    """All runs of the text that an operation ran in, of whatever module."""
-    here = spans(origin(flow.nodes[node]).frames)
-    return [other for other, one in enumerate(flow.nodes) if spans(origin(one).frames) == here]
+def shared(flow: Flow, node: int) -> Shared | None:
+    """The calls that share the text of an add; None if it stands for one block."""
+    return flow.shared.get(spans(origin(flow.nodes[node]).frames)) if flow.shared else None
 
 
 def _further(frames: tuple[Frame, ...], levels: int) -> tuple[Frame, ...]:
