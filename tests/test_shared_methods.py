@@ -219,6 +219,17 @@ def test_a_module_that_passes_a_scale_on_is_seen_to(between: nn.Module) -> None:
     assert torch.equal(rz.convert(model, X)(X), X)
 
 
+def test_calls_without_source_text_are_refused() -> None:
+    space: dict[str, Any] = {"Joined": Joined}
+    once = "class Once(Joined):\n    def forward(self, x):\n        return self.join(self.first(x), x)\n"
+    twice = "class Twice(Joined):\n    def forward(self, x):\n        x = self.join(self.first(x), x)\n"
+    exec(f"{once}{twice}        return self.join(self.second(x), x)\n", space)
+    assert len(rz.audit(space["Once"](nn.Identity()), X).plan.converted) == 1  # in the method
+    plan = rz.audit(space["Twice"](nn.Identity()), X).plan
+    assert [site.code for site in plan.sites] == ["RZ911"]
+    assert "not found at the call" in plan.sites[0].reason
+
+
 def test_a_function_that_adds_a_bias_is_refused(tmp_path: Path) -> None:
     call = "bias_dropout_add(self.{0}, self.shift, x, 0.1, self.training)"
     text = HEAD.replace("class Layer", f"{ADDS_A_BIAS}class Layer") + method(f"""

@@ -165,9 +165,13 @@ def is_shared(inner: Frame, outer: Frame) -> bool:
     Methods that each call it once may stand for each other, as two ways to run a model.
     """
     if inner.place != outer.place:
-        return _serves_several(outer.place.file, inner.place)
-    function, outermost = _function(inner), sources.function(outer.place)
-    parts = ast.walk(outermost) if function is not None and outermost is not None else ()
+        try:
+            return _serves_several(outer.place.file, inner.place)
+        except ConversionError:  # a file without a text
+            return False
+    function = _function(inner)
+    outermost = sources.function(outer.place) if function is not None else None
+    parts = ast.walk(outermost) if outermost is not None else ()
     named = [node for node in parts if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
     called = [node for node in named if function is not None and getattr(node.func, "id", "") in function.called]
     return any_apart(sources.span_of(outer.place.file, node) for node in called)
@@ -191,7 +195,8 @@ def _serves_several(file: str, place: Place) -> bool:
 
 def any_apart(spans: Iterable[Span]) -> bool:
     """Whether two of several places are not in arms of which one run takes one."""
-    return any(not exclusive(*pair) for pair in combinations(dict.fromkeys(spans), 2))
+    pairs = combinations(dict.fromkeys(spans), 2)
+    return any(not (sources.has_text(one.file) and exclusive(one, other)) for one, other in pairs)
 
 
 def _first(definition: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
