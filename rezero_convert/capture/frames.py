@@ -21,6 +21,8 @@ from .trace import Frame
 
 TORCH = str(Path(torch.__file__).parent) + "/"
 OURS = str(Path(__file__).parents[1]) + "/"
+_CALLS = nn.Module.__call__.__code__.co_filename  # a module is called from here, not from its own methods
+_PARTS = frozenset({"<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>"})
 _PASSED_OVER = (contextlib.__file__, functools.__file__)
 
 Key = tuple[str, int, str]
@@ -53,19 +55,41 @@ class FrameReader:
         """
         found: list[Frame] = []
         while frame is not None and frame.f_code is not self._boundary:
-            code = self._codes.get(id(frame.f_code))
-            if code is None:
-                code = self._codes[id(frame.f_code)] = _Code(frame.f_code)
+            code = self._code(frame)
             if not code.passed_over:
                 owner, place = self._owner(frame, code)
                 if owner is not None and place is not None:
                     if owner is not called or frame.f_code.co_name != "__call__":
-                        found.append(code.frame(frame, place, self.path(owner)))
+                        own = code.frame(frame, place, self.path(owner))
+                        callers = self._callers(frame, owner)
+                        found.append(own._replace(callers=callers) if callers else own)
                         break
                 elif not code.torch:
                     found.append(code.frame(frame, code.place(frame), None))
             frame = frame.f_back
         return tuple(found)
+
+    def _callers(self, frame: FrameType, owner: nn.Module) -> tuple[Frame, ...]:
+        """Where the methods of one module were called that `frame` runs in."""
+        found: list[Frame] = []
+        while frame.f_back is not None and frame.f_back.f_code is not self._boundary:
+            is_part = frame.f_code.co_name in _PARTS  # of the text that it is called from
+            frame = frame.f_back
+            code = self._code(frame)
+            if code.passed_over or code.is_call:
+                break
+            module, place = self._owner(frame, code)
+            if module is not owner or place is None:
+                break
+            if not is_part:
+                found.append(code.frame(frame, place, self.path(owner)))
+        return tuple(found)
+
+    def _code(self, frame: FrameType) -> _Code:
+        code = self._codes.get(id(frame.f_code))
+        if code is None:
+            code = self._codes[id(frame.f_code)] = _Code(frame.f_code)
+        return code
 
     def _owner(self, frame: FrameType, code: _Code) -> tuple[nn.Module | None, Place | None]:
         if code.candidates:
@@ -89,12 +113,15 @@ class FrameReader:
 class _Code:
     """What is known of a code object."""
 
-    __slots__ = ("_frames", "_next", "_owner", "_place", "_positions", "candidates", "code", "passed_over", "torch")
+    __slots__ = (
+        "_frames", "_next", "_owner", "_place", "_positions", "candidates", "code", "is_call", "passed_over", "torch",
+    )  # fmt: skip
 
     def __init__(self, code: CodeType) -> None:
         file = code.co_filename
         self.code = code
         self.torch = file.startswith(TORCH)
+        self.is_call = file == _CALLS
         self.passed_over = file in _PASSED_OVER or file.startswith(OURS)
         first = code.co_varnames[:1] if code.co_argcount else ()
         self.candidates = (*first, *code.co_freevars)

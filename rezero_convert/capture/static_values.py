@@ -281,6 +281,8 @@ class Scope:
     call: Call | None = None
     outer: tuple[Frame, ...] = ()
     """Frames of the call site, for functions without a `self`."""
+    callers: tuple[Frame, ...] = ()
+    """For methods, `Frame.callers`."""
     depth: int = 0
     """Submodules entered."""
     helpers: int = 0
@@ -329,8 +331,14 @@ def frames(scope: Scope, node: ast.expr | ast.stmt) -> tuple[Frame, ...]:
         return scope.site
     assert scope.place is not None
     owner = scope.instance.path if scope.instance is not None else None
-    own = Frame(scope.place, sources.span_of(scope.file, node), owner)
+    own = Frame(scope.place, sources.span_of(scope.file, node), owner, scope.callers if owner is not None else ())
     return (own,) if owner is not None else (own, *scope.outer)
+
+
+def callers(scope: Scope, node: ast.expr | ast.stmt, instance: Value | None) -> tuple[Frame, ...]:
+    """The callers of a method of `instance` that is called at `node`, itself in a method of the same module."""
+    same = instance is not None and instance == scope.instance and scope.place is not None and scope.site is None
+    return (frames(scope, node)[0]._replace(callers=()), *scope.callers) if same else ()
 
 
 def emit(

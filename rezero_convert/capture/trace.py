@@ -27,6 +27,8 @@ class Frame(NamedTuple):
     """The expression being evaluated."""
     owner: str | None
     """Path of the module that is the method's `self`; None for a plain function."""
+    callers: tuple[Frame, ...] = ()
+    """Of a method that methods of its own module have called: where they did, innermost first."""
 
 
 @dataclass(eq=False, slots=True)

@@ -21,11 +21,11 @@ from ..errors import ConversionError
 from ..listing import compact
 from ..methods import METHODS, applied
 from ..plan import Gate, Norm, Options, Place, Plan, Site, Span, tail
-from . import arms, code, loops, names, norms, placements, unrolled
+from . import arms, code, helpers, loops, names, norms, placements, unrolled
 from .biases import headed
 from .blocks import Block, Nested, Refusal, find, owner_call
-from .drafts import Draft, class_name, is_gated, of_block, relative, request, site_of, unwanted
-from .flow import Flow, flow
+from .drafts import Draft, class_name, in_helper, is_gated, of_block, placed, relative, request, site_of, unwanted
+from .flow import Flow, Shared, around, flow, spans
 
 __all__ = ["ZERO_INIT", "detect", "outside"]
 
@@ -69,6 +69,10 @@ def _plan(trace: Trace, options: Options) -> Plan:
             drafts = [placements.moved(facts, draft, placement) for draft in drafts]
         others = _unexecuted(facts, drafts, options)
         merged = _merge(facts, drafts, refusals)
+        shared = _shared(facts, drafts, merged)
+        if shared:
+            facts = replace(facts, shared={**facts.shared, **shared})
+            continue
         more = dict(_left(facts, nested, merged))
         if not more:
             break
@@ -84,6 +88,43 @@ def _plan(trace: Trace, options: Options) -> Plan:
     if placement is not None:
         notes += tuple(placements.notes(facts, drafts, placement))
     return Plan(tuple(ordered), options, trace.route, trace.scalars, notes, _kept_calls(facts, ordered))
+
+
+def _shared(flow: Flow, drafts: list[Draft], merged: list[Draft]) -> dict[tuple[Span, ...], Shared]:
+    """The adds in functions that several calls share: each of these is a block of its own (see `Flow.shared`)."""
+    refused = {(one.site.path, one.site.span) for one in merged if one.site.code == "RZ911"}
+    wanted: dict[tuple[Span, ...], list[Draft]] = {}
+    for draft in drafts:
+        frames = origin(flow.nodes[draft.block.sum.node]).frames
+        decided = draft.site.verdict in ("converted", "gated")
+        if decided and len(around(frames)) > 1 and spans(frames) not in flow.shared:
+            wanted.setdefault(spans(frames), []).append(draft)
+    every: dict[tuple[Span, ...], list[tuple[Frame, ...]]] = {}
+    for frames in (origin(node).frames for node in flow.nodes) if wanted else ():
+        every.setdefault(spans(frames), []).append(around(frames))
+    found: dict[tuple[Span, ...], Shared] = {}
+    for key, runs in wanted.items():
+        undecided = any((draft.site.path, draft.site.span) in refused for draft in runs)
+        levels, apart = _levels(every[key])
+        if not (apart or undecided) or any(len(stack) <= levels for stack in every[key]):
+            continue
+        calls = Shared(levels, tuple(sorted({stack[levels].span.line for stack in every[key]})))
+        further = replace(flow, shared={**flow.shared, key: calls})
+        results = [placed(further, draft.block, draft.site)[0] for draft in runs]
+        if all(isinstance(one, Site) or one == "RZ900" for one in results) or (apart and undecided):
+            found[key] = calls
+    return found
+
+
+def _levels(stacks: list[tuple[Frame, ...]]) -> tuple[int, bool]:
+    """How many calls further out an add is called from several places, if it is, in a run or by the text."""
+    for level in range(1, min(map(len, stacks))):
+        pairs = {stack[level - 1 : level + 1] for stack in stacks}
+        if helpers.any_apart(outer.span for _, outer in pairs) or any(helpers.is_shared(*pair) for pair in pairs):
+            return level, True
+    first = stacks[0]
+    own = next(number for number, frame in enumerate(first) if frame.owner is not None)
+    return max(1, own + (first[0].place != first[own].place)), False
 
 
 def _left(flow: Flow, nested: list[Nested], merged: list[Draft]) -> Iterator[tuple[int, Refusal]]:
@@ -167,14 +208,15 @@ def _unexecuted(flow: Flow, drafts: list[Draft], options: Options) -> list[arms.
     """Residual adds on paths that the recorded run did not take."""
     if flow.trace.model is None:
         return []
-    executed = frozenset(frame.span for node in flow.nodes for frame in origin(node).frames)
+    executed = frozenset(frame.span for node in flow.nodes for frame in around(origin(node).frames))
     ran: dict[tuple[str, str], set[Place]] = {}
     for node in flow.nodes:
         frames = origin(node).frames
         if frames and frames[-1].owner is not None and frames[-1].span not in flow.trace.generated:
             path = frames[-1].owner
             ran.setdefault((path, class_name(flow, path)), set()).add(frames[-1].place)
-    read = arms.reader(partial(_static, options), executed)
+    judged = executed - {key[0] for key in flow.shared}  # of those that calls share, some may not have run
+    read = arms.reader(partial(_static, options), judged)
     return list(arms.unexecuted(ran, (draft.site for draft in drafts), executed, read))
 
 
@@ -276,11 +318,17 @@ def _with_arms(flow: Flow, draft: Draft) -> Site:
 
 def _merge(flow: Flow, drafts: list[Draft], refusals: list[Refusal]) -> list[Draft]:
     """One draft per add in the code of an instance: a module that runs twice is decided once."""
-    refused = {(site.path, site.span) for refusal in refusals for site in (_refused(flow, refusal),)}
+    refused = {_place_of(flow, refusal) for refusal in refusals}
     groups: dict[tuple[str, Span | None], list[Draft]] = {}
     for draft in drafts:
         groups.setdefault((draft.site.path, draft.site.span), []).append(draft)
     return [_merged(flow, group, key in refused) for key, group in groups.items()]
+
+
+def _place_of(flow: Flow, refusal: Refusal) -> tuple[str, Span | None]:
+    """Path and text of what is refused, as those of a block there."""
+    site, node = _refused(flow, refusal), refusal.sum.node
+    return site.path, flow.origin(node).frames[-1].span if site.span and in_helper(flow, node) else site.span
 
 
 def _merged(flow: Flow, group: list[Draft], refused: bool) -> Draft:

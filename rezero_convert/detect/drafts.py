@@ -14,7 +14,7 @@ from . import carries, code, gates, helpers, names, norms
 from .biases import biases
 from .blocks import Block, Branch, describe, has_weight, owner_call
 from .channels import channels
-from .flow import Flow
+from .flow import Flow, shared
 from .sums import Sum, Term
 
 _KEPT_ACTIVATIONS = frozenset({"sigmoid", "softmax", "Sigmoid", "Softmax", "Softmax2d", "LogSoftmax", "log_softmax"})
@@ -174,21 +174,31 @@ def placed(flow: Flow, block: Block, site: Site) -> tuple[Site, dict[Term, Opera
             return "RZ912", "no operand of the lerp scales the branch, and only that, in the stream's precision"
         if code.operand(at) is None:
             return "RZ912", "the operands of the add are not found in its text"
-        if in_helper(frames) and term is not block.shortcut:
-            argument = helpers.argument(frames, at)
+        if in_helper(flow, term.add) and term is not block.shortcut:
+            several = shared(flow, term.add)
+            argument = helpers.argument(flow, frames, at, shared=several is not None)
             if not isinstance(argument, Operand):
-                return "RZ912", argument
+                return ("RZ912", argument) if several is None else ("RZ911", f"{_served(several.lines)}: {argument}")
             at = argument
         operands[term] = at
     frames = flow.origin(block.sum.node).frames
-    if in_helper(frames):
+    if in_helper(flow, block.sum.node):
         site = replace(site, place=frames[-1].place, span=frames[-1].span, text=code.line(frames[-1].span))
+        return unwanted(site, Options()) or (site, operands)
     return site, operands
 
 
-def in_helper(frames: tuple[Frame, ...]) -> bool:
-    """Whether an add ran in a function other than the method (a comprehension is part of its method)."""
-    return frames[0].owner is None and frames[0].place != frames[-1].place
+def in_helper(flow: Flow, node: int) -> bool:
+    """Whether an add ran in a function other than the method that holds its blocks.
+
+    A comprehension is part of its method, a nested function too, unless several calls share it.
+    """
+    frames = flow.origin(node).frames
+    return shared(flow, node) is not None or (frames[0].owner is None and frames[0].place != frames[-1].place)
+
+
+def _served(lines: tuple[int, ...]) -> str:
+    return f"one add for the calls in line{'s' * (len(lines) > 1)} {' and '.join(map(str, lines))}"
 
 
 def _unreadable(frames: tuple[Frame, ...]) -> tuple[str, str] | None:
@@ -288,9 +298,9 @@ def _skip_gate(flow: Flow, block: Block, operands: dict[Term, Operand], method: 
         return "several branches are added to one skip, whose factor is defined for one"
     if flow.name(block.shortcut.add) == "lerp":
         return "lerp scales the skip by itself"
-    if in_helper(flow.origin(block.shortcut.add).frames):
+    if in_helper(flow, block.shortcut.add):
         at = operands[block.shortcut]
-        found = helpers.argument(flow.origin(block.shortcut.add).frames, at)
+        found = helpers.argument(flow, flow.origin(block.shortcut.add).frames, at)
         return SkipGate(found) if isinstance(found, Operand) else f"the skip cannot be scaled: {found}"
     return SkipGate(operands[block.shortcut])
 

@@ -6,13 +6,15 @@ shapes, integer and boolean tensors, masks, indices, the size of noise, `detach`
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from torch import fx, nn
 
 from ..capture.facts import Facts, operation
-from ..capture.trace import Call, Origin, Trace, origin
+from ..capture.trace import Call, Frame, Origin, Trace, origin
+from ..plan import Span
 from .chains import chains
 from .patterns import summaries
 
@@ -28,6 +30,14 @@ _FIRST = frozenset(
     "view_as expand_as reshape_as type_as index_select gather take_along_dim masked_fill masked_select getitem "
     "repeat_interleave topk to type".split()
 )
+
+
+class Shared(NamedTuple):
+    """The calls that share an add."""
+
+    levels: int
+    """How many calls further out than the add the blocks are written."""
+    lines: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +59,13 @@ class Flow:
     """The other nodes of such rows, and of such modules in graphs."""
     constant: tuple[bool, ...]
     """Depends on parameters and constants only, on no input of the model, be it as an index."""
+    shared: Mapping[tuple[Span, ...], Shared] = field(default_factory=dict)
+    """The adds, by the spans of their frames, that stand for several blocks."""
 
     def origin(self, node: int) -> Origin:
-        return origin(self.nodes[node])
+        here = origin(self.nodes[node])
+        shared = self.shared.get(spans(here.frames)) if self.shared else None
+        return here if shared is None else replace(here, frames=_further(here.frames, shared.levels))
 
     def shape(self, node: int) -> tuple[int, ...] | None:
         return self.origin(node).shape
@@ -142,6 +156,29 @@ class Flow:
                 found.append(node)
             furthest = max([furthest, *(position[user] for user in self.users[node] if user in position)])
         return tuple(found)
+
+
+def spans(frames: tuple[Frame, ...]) -> tuple[Span, ...]:
+    """What tells one text that ran from others: where it is, and is called up to the method that holds it."""
+    nested = frames and frames[0].place == frames[-1].place
+    return tuple(frame.span for frame in (frames[:1] if nested else frames))
+
+
+def around(frames: tuple[Frame, ...]) -> tuple[Frame, ...]:
+    """The frames of an operation, and those of the methods of the same module around them."""
+    return (*frames[:-1], frames[-1]._replace(callers=()), *frames[-1].callers) if frames else ()
+
+
+def shared(flow: Flow, node: int) -> Shared | None:
+    """The calls that share the text of an add; None if it stands for one block."""
+    return flow.shared.get(spans(origin(flow.nodes[node]).frames)) if flow.shared else None
+
+
+def _further(frames: tuple[Frame, ...], levels: int) -> tuple[Frame, ...]:
+    """The frames with methods as plain functions, up to one that calls them."""
+    every = around(frames)
+    outer = every[: levels + 1]
+    return (*(frame._replace(owner=None) for frame in outer[:-1]), outer[-1]._replace(callers=every[levels + 1 :]))
 
 
 def flow(trace: Trace, norm_types: tuple[type[nn.Module], ...] = ()) -> Flow:

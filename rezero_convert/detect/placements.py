@@ -146,7 +146,7 @@ def _check_unscaled(flow: Flow, value: int) -> None:
 
 def _whole(flow: Flow, site: Site, node: int) -> Operand:
     """The sum as an expression whose value is used."""
-    if in_helper(flow.origin(node).frames):
+    if in_helper(flow, node):
         raise _Fixed("the add is inside a function, whose call is not known to return the sum")
     assert site.place is not None
     assert site.span is not None

@@ -18,7 +18,7 @@ from ..capture.inputs import resolve_inputs
 from ..capture.recorded import one_line, record_on, replay
 from ..detect import detect
 from ..detect.blocks import Block, owner_call
-from ..detect.flow import Flow, flow
+from ..detect.flow import Flow, around, flow
 from ..errors import ConversionError
 from ..pictures.lines import found, lines
 from ..plan import Site
@@ -119,7 +119,7 @@ def _chosen(streams: list[list[Block]], number: int | None) -> list[Block]:
 def _site(seen: Flow, node: int, sites: Sequence[Site]) -> Site | None:
     """What is planned for an add, by its owner and place; what tells of norms and activations first."""
     frames = seen.origin(node).frames
-    spans = {frame.span for frame in (*frames[:1], *frames[-1:])}
+    spans = {frame.span for frame in (*frames[:1], *around(frames)[len(frames) - 1 :])}
     paths = {owner_call(seen, node).path, *(frame.owner for frame in frames[-1:])}
     own = [site for site in sites if site.path in paths and site.span in spans]
     return next((site for site in own if site.norms or site.activation), None)

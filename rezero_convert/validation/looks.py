@@ -16,7 +16,7 @@ from ..capture.trace import Trace, origin
 from ..detect import blocks as detected
 from ..detect import gates
 from ..detect.drafts import is_gated
-from ..detect.flow import Flow, flow
+from ..detect.flow import Flow, around, flow
 from ..listing import compact, number
 from ..methods import METHODS
 from ..plan import Gate, Options, Plan, Scale, Site, Span
@@ -267,17 +267,19 @@ def output_of(flow: Flow, node: int, site: Site | None) -> int:
         kind = flow.facts[users[0]].kind
         own = parent is call if "" in post and step is None else False  # a functional norm has no path
         known = own or any(path and (target == path or target.endswith(f".{path}")) for path in post)
-        active = kind == "activation" and parent is call and (site is None or _follows_every(flow, node))
+        active = kind == "activation" and parent is call and (site is None or _follows_every(flow, node, site))
         if not (active or (kind == "norm" and known)):
             break
         node = users[0]
     return node
 
 
-def _follows_every(flow: Flow, node: int) -> bool:
+def _follows_every(flow: Flow, node: int, site: Site) -> bool:
     """Whether an activation follows all runs of an add in its module: one behind a loop follows the last pass."""
-    frames, call = flow.origin(node).frames[:1], flow.origin(node).call
-    runs = [i for i, one in enumerate(flow.nodes) if origin(one).frames[:1] == frames and origin(one).call is call]
+    here, call = around(flow.origin(node).frames), flow.origin(node).call
+    level = next((level for level, frame in enumerate(here) if frame.span == site.span), 0)
+    alike = [(i, around(origin(one).frames)) for i, one in enumerate(flow.nodes) if origin(one).call is call]
+    runs = [i for i, frames in alike if frames[: level + 1] == here[: level + 1]]
     return all(any(flow.facts[user].kind == "activation" for user in flow.users[run]) for run in runs)
 
 

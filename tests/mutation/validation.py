@@ -337,7 +337,7 @@ FAULTS = (
     Fault(
         "an activation behind a loop is its last block's own",
         LOOKS,
-        "(site is None or _follows_every(flow, node))",
+        "(site is None or _follows_every(flow, node, site))",
         "True",
         "test_validation.py::test_an_activation_behind_a_loop_is_not_the_last_blocks_own",
     ),
