@@ -12,7 +12,7 @@ CODES: dict[str, str] = {
     "RZ122": "its norm is already where the method has it, left alone",
     "RZ130": "long skip: spans blocks of its own stream",
     "RZ131": "interior: inside another block's branch",
-    "RZ140": "not executed: in a method that ran, on a path that did not",
+    "RZ140": "not executed: on a path that the run did not take",
     "RZ141": "hidden: ran outside Python, seen in the dispatcher only",
     "RZ900": "left out by a pattern, or by a comment `# rezero: skip`",
     "RZ901": "the operands are independent of each other",

@@ -65,6 +65,7 @@ def recorded(text: str, file: str, model: nn.Module, example_inputs: Any, option
     found = written(text, file, options).sites
     by_span = {site.span: site for site in found if site.verdict == "converted"}
     here = [_completed(_told_by_text(site, options, recorded=True), by_span.get(site.span)) for site in here]
+    here = [_norms_of_text(site, kept) for site in here]
     rest = [site for site in found if site.span not in ran]
     others = [_unreached(site) if site.place and site.place.cls in made else _by_text(site) for site in rest]
     sites = sorted([*here, *(site for site in others if site is not None)], key=_by_span)
@@ -173,6 +174,10 @@ def _completed(site: Site, same: Site | None) -> Site:
     own = (_told(one, told.get(one.parameter)) for one in site.repairs)
     repairs = (*own, *(repair for repair in more if repair.parameter not in known | gone))
     norms = tuple(_held_in_text(norm, prefix, same.norms) for norm in site.norms)
+    whole = {norm.path for norm in norms if norm.action == "slot"}
+    other_arms = (dataclasses.replace(norm, path=prefix + norm.path) for norm in same.norms if norm.action == "slot")
+    calls = {norm.at.span for norm in norms if norm.at is not None}
+    norms += tuple(norm for norm in other_arms if norm.path in whole and norm.at and norm.at.span not in calls)
     return dataclasses.replace(site, gates=gates, repairs=repairs, norms=norms)
 
 

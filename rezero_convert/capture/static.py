@@ -169,16 +169,22 @@ def adds(file: str, where: Place | ast.AST) -> tuple[Span, ...]:
 
 
 def exclusive(a: Span, b: Span) -> bool:
-    """Whether no single pass through a function reaches both spans: they lie in different arms of a condition, or
-    one in an arm that leaves the function (or the loop pass) before the other."""
+    """Whether no single pass through a function reaches both spans.
+
+    They lie in different arms of a condition, in methods that are called in such arms, or one in an arm that leaves the
+    function (or the loop pass) before the other.
+    """
     if a.file != b.file:
         return False
     above_a, above_b = _above(a), _above(b)
     for position, (left, right) in enumerate(zip(above_a, above_b, strict=False)):
         if left is right:
             continue
-        if _parted(above_a[position - 1], left, right):
+        parent = above_a[position - 1]
+        if _parted(parent, left, right):
             return True
+        if isinstance(parent, ast.ClassDef):
+            return _called_apart(a.file, parent, left, right)
         first, second = (above_a, above_b) if a < b else (above_b, above_a)
         return _left_before(first[position:], second[position])
     return False
@@ -337,6 +343,18 @@ def _parted(parent: ast.AST, left: ast.AST, right: ast.AST) -> bool:
             if one in parent.body and other in parent.orelse:
                 return True
     return False
+
+
+def _called_apart(file: str, cls: ast.ClassDef, left: ast.AST, right: ast.AST) -> bool:
+    """Whether some method calls two of its class in arms that exclude each other, and no other one calls them."""
+    calls: dict[str, list[tuple[ast.AST, Span]]] = {}
+    for definition in cls.body:
+        for node in ast.walk(definition):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                calls.setdefault(node.func.attr, []).append((definition, sources.span_of(file, node)))
+    one, other = (calls.get(getattr(method, "name", ""), []) for method in (left, right))
+    same = len({method for method, _ in (*one, *other)}) == 1
+    return same and bool(one) and bool(other) and all(exclusive(a, b) for _, a in one for _, b in other)
 
 
 def _leaves(body: list[ast.stmt]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
@@ -77,7 +77,7 @@ def _plan(trace: Trace, options: Options) -> Plan:
         if not more:
             break
         left |= more
-    drafts = _settle_norms(facts, merged, others)
+    drafts = _settle_norms(facts, merged, others, options)
     sites = applied(_named(facts, drafts, others, options), options)
     sites = headed(facts, sites, options)
     sites += [_refused(facts, refusal) for refusal in refusals]
@@ -227,17 +227,21 @@ def _static(options: Options, file: str, cls: str) -> tuple[Site, ...]:
     return tuple(site for trace in found for site in detect(trace, options).sites if site.path == "")
 
 
-def _settle_norms(flow: Flow, drafts: list[Draft], others: list[arms.Arm]) -> list[Draft]:
+def _settle_norms(flow: Flow, drafts: list[Draft], others: list[arms.Arm], options: Options) -> list[Draft]:
     """Keep the norms that something else needs."""
+    if flow.trace.model is None:
+        drafts = [_with_arms(flow, draft, options) for draft in drafts]
     bypassed = {norm.at.span for arm in others for norm in arms.norms(arm) if norm.action == "bypass" and norm.at}
     held = [
-        norms.Held(member.norm, *_definitions(flow, draft.site, member.norm))
+        norms.Held(member.norm, *_definitions(flow, draft.site, member.norm), member.in_arm)
         for draft in drafts
         for member in draft.members
     ]
     inside = {member.node for draft in drafts for member in draft.members}
     outside = {norms.path_of(flow, node): _where(flow, node) for node in norms.calls(flow) if node not in inside}
-    final = norms.settle(held, outside, frozenset(bypassed))
+    done = {draft.site.span for draft in drafts if draft.site.verdict == "converted"}
+    done |= {arm.found.span for arm in others if arm.twin is not None}
+    final = norms.settle(held, outside, frozenset(bypassed), partial(_norm_calls, flow, options, done))
     busy = {
         (frame.span, frames[-1].owner): _where(flow, node)
         for node in norms.functional(flow)
@@ -253,10 +257,29 @@ def _settle_norms(flow: Flow, drafts: list[Draft], others: list[arms.Arm]) -> li
         where = busy.get((norm.at.span, frames[-1].owner)) if norm.at is not None and frames else None
         if where is not None and not norm.path and norm.action == "bypass":
             final[member.norm] = replace(norm, action="keep", reason=f"its text also runs outside a branch, at {where}")
-        elif norm.at is not None and norm.action == "bypass" and norm.at.span in kept:
+        elif norm.at is not None and norm.action in ("bypass", "slot") and norm.at.span in kept:
             final[member.norm] = replace(norm, action="keep", reason=kept[norm.at.span])
-    settled = [replace(draft, site=_with_norms(draft, final)) if draft.members else draft for draft in drafts]
-    return [replace(draft, site=_with_arms(flow, draft)) for draft in settled]
+    return [replace(draft, site=_with_norms(draft, final)) if draft.members else draft for draft in drafts]
+
+
+def _with_arms(flow: Flow, draft: Draft, options: Options) -> Draft:
+    """The draft with the norms that it has in one arm of a condition only."""
+    if draft.site.verdict != "converted":
+        return draft
+    return replace(draft, members=(*draft.members, *norms.of_one_arm(flow, draft.block, options)))
+
+
+def _norm_calls(flow: Flow, options: Options, done: Collection[Span | None], norm: Norm) -> frozenset[Span]:
+    """The calls of a norm that goes with those blocks, by the text of the class whose method calls it."""
+    if flow.trace.model is None or norm.at is None or not norm.attribute:
+        return frozenset()
+    try:
+        found = _static(options, norm.at.place.file, norm.at.place.cls)
+    except ConversionError:  # a file without a text
+        return frozenset()
+    sites = (site for site in found if site.verdict == "converted" and site.span in done)
+    own = (one for site in sites for one in site.norms if one.path == norm.attribute)
+    return frozenset(one.at.span for one in own if one.action != "keep" and one.at is not None)
 
 
 def _where(flow: Flow, node: int) -> str:
@@ -305,15 +328,6 @@ def _with_norms(draft: Draft, final: dict[Norm, Norm]) -> Site:
     gone = {norm.path for norm in own if norm.action != "keep"}
     repairs = tuple(repair for repair in draft.site.repairs if repair.parameter.rpartition(".")[0] not in gone)
     return replace(draft.site, norms=own, repairs=repairs)
-
-
-def _with_arms(flow: Flow, draft: Draft) -> Site:
-    """The site with the norms that it has in one arm of a condition only."""
-    if draft.site.verdict != "converted":
-        return draft.site
-    known = {norm.path for norm in draft.site.norms}
-    more = (norm for norm in norms.of_one_arm(flow, draft.block) if norm.path not in known)
-    return replace(draft.site, norms=tuple(dict.fromkeys((*draft.site.norms, *more))))
 
 
 def _merge(flow: Flow, drafts: list[Draft], refusals: list[Refusal]) -> list[Draft]:

@@ -38,7 +38,7 @@ class Arm:
 def unexecuted(
     ran: Mapping[tuple[str, str], Collection[Place]], sites: Iterable[Site], executed: frozenset[Span], read: Read
 ) -> Iterator[Arm]:
-    """The residual adds that did not run in methods that did.
+    """The residual adds that did not run in methods that did, and the twins in methods of which one or the other runs.
 
     Args:
         ran: the methods that ran, by path and class of their instance.
@@ -54,11 +54,14 @@ def unexecuted(
         at = {(place.file, place.line): place for place in places}
         for file, qualname in dict.fromkeys((place.file, place.cls) for place in places):
             for found in read(file, qualname):
-                place = at.get((found.place.file, found.place.line)) if found.place is not None else None
-                if place is None or found.span in executed or found.verdict != "converted":
+                if found.place is None or found.span in executed or found.verdict != "converted":
                     continue
                 twin = next((site for site in own.get(path, ()) if _is_twin(site, found)), None)
-                yield Arm(path, cls, place, found, twin)
+                place = at.get((found.place.file, found.place.line))
+                if place is None and twin is not None and twin.place is not None:
+                    place = replace(found.place, module=twin.place.module)
+                if place is not None:
+                    yield Arm(path, cls, place, found, twin)
 
 
 def _is_twin(site: Site, found: Site) -> bool:

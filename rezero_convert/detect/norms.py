@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -25,6 +25,8 @@ class Member:
     node: int
     position: Position
     norm: Norm
+    in_arm: bool = False
+    """Whether it runs in one arm of a condition only (static route)."""
 
 
 def of_branch(flow: Flow, branch: Branch, block: Block, options: Options) -> Iterator[Member]:
@@ -41,7 +43,7 @@ def of_branch(flow: Flow, branch: Branch, block: Block, options: Options) -> Ite
 ONE_ARM = "it runs in one arm of a condition: --model and --inputs decide it"
 
 
-def of_one_arm(flow: Flow, block: Block) -> Iterator[Norm]:
+def of_one_arm(flow: Flow, block: Block, options: Options) -> Iterator[Member]:
     """The norms that a branch, or the sum, crosses in one arm of a condition and not in the other (static route)."""
     inside = {node: branch for branch in block.branches for node in branch.region[1:] if node not in branch.cuts}
     for node in (*inside, *flow.users[block.sum.node]):
@@ -50,10 +52,8 @@ def of_one_arm(flow: Flow, block: Block) -> Iterator[Norm]:
         choices = [user for user in flow.users[node] if flow.name(user) == "choice"]
         if any(flow.inputs[node][0] in flow.inputs[choice] for choice in choices):
             position = _position(flow, node, inside[node]) if node in inside else "post"
-            frame = frame_of(flow, node)
-            at = Operand(frame.place, frame.span, 0) if frame is not None else None
-            kind = flow.facts[node].norm or "layer"
-            yield Norm(path_of(flow, node), flow.facts[node].type, kind, position, "keep", ONE_ARM, at=at)
+            readers = [user for user in flow.users[node] if user not in inside and user not in choices]
+            yield Member(node, position, _decide(flow, node, position, readers, options), in_arm=True)
 
 
 def _position(flow: Flow, node: int, branch: Branch) -> Position:
@@ -276,37 +276,56 @@ class Held:
     definitions: tuple[code.Definition, ...]
     dead_reads: bool = False
     """The classes read the norm's attributes only where a converted instance never comes."""
+    in_arm: bool = False
+    """As `Member.in_arm`."""
 
 
-def settle(held: list[Held], outside: Mapping[str, str], arms: frozenset[Span] = frozenset()) -> dict[Norm, Norm]:
+def settle(
+    held: list[Held], outside: Mapping[str, str], arms: frozenset[Span], by_text: Callable[[Norm], frozenset[Span]]
+) -> dict[Norm, Norm]:
     """Which drops hold, given all of a model: a norm can go only if nothing else reads or calls it.
+
+    A norm that different arms of a condition call, each for a block, goes as a whole: an identity takes its place.
 
     Args:
         held: every norm of every block.
         outside: where norms are called outside of blocks, by their paths.
         arms: calls on paths that did not run, which the plan bypasses as well.
+        by_text: the calls of norms that are parts of blocks by the text of the class which calls a norm.
 
     Returns:
-        For each norm its final form: as it was, or kept with the reason.
+        For each norm its final form: as it was, in another way, or kept with the reason.
     """
     dropped: dict[str, set[Span]] = {}
+    in_arms: dict[str, set[Span]] = {}
     kept = {path: f"it also runs outside a residual block, at {where}" for path, where in outside.items() if path}
-    for norm in (one.norm for one in held):
-        if norm.action == "keep" and norm.path:
-            kept.setdefault(norm.path, norm.reason)
-        elif norm.at is not None:
-            dropped.setdefault(norm.path, set()).add(norm.at.span)
+    for one in held:
+        if one.norm.action == "keep" and one.norm.path:
+            kept.setdefault(one.norm.path, one.norm.reason)
+        elif one.norm.at is not None:
+            (in_arms if one.in_arm else dropped).setdefault(one.norm.path, set()).add(one.norm.at.span)
+    whole: set[str] = set()
     for one in held:  # the uses of one norm go together or not at all
         norm = one.norm
-        if norm.action == "bypass" and norm.attribute and norm.path not in kept:
-            reason = _other_use(one, dropped[norm.path] | arms)
-            if reason is not None:
-                kept[norm.path] = reason
-    norms = {one.norm: kept.get(one.norm.path) if one.norm.path else None for one in held}
-    return {
-        norm: norm if reason is None or norm.action == "keep" else _with(norm, "keep", reason)
-        for norm, reason in norms.items()
-    }
+        if norm.path in kept or not (one.in_arm or (norm.action == "bypass" and norm.attribute)):
+            continue
+        gone = dropped.get(norm.path, set()) | arms
+        if not one.in_arm and _other_use(one, gone) is None:
+            continue
+        reason = _other_use(one, gone | in_arms.get(norm.path, set()) | by_text(norm)) if norm.attribute else ONE_ARM
+        if reason is None:
+            whole.add(norm.path)
+        else:
+            kept[norm.path] = reason
+
+    def final(norm: Norm) -> Norm:
+        if norm.action == "keep" or not norm.path:
+            return norm
+        if norm.path in kept:
+            return _with(norm, "keep", kept[norm.path])
+        return _with(norm, "slot", norm.reason, "", norm.bias) if norm.path in whole else norm
+
+    return {one.norm: final(one.norm) for one in held}
 
 
 def _other_use(held: Held, bypassed: set[Span]) -> str | None:

@@ -187,7 +187,7 @@ def _elements_of(source: Source, cls: ast.ClassDef, path: str) -> list[tuple[ast
 
 
 def check_lists(source: Source, slots: Iterable[tuple[int, str, frozenset[Span]]]) -> None:
-    """See that the elements of lists that go together have no use but calls that the plan takes out.
+    """See that attributes, and lists whose elements go together, have no use but calls that the plan takes out.
 
     Args:
         source: the text as it was.
@@ -199,7 +199,7 @@ def check_lists(source: Source, slots: Iterable[tuple[int, str, frozenset[Span]]
     slots = tuple(slots)
     for index, path, calls in slots:
         cls, attribute = source.classes[index], path.partition(".")[0]
-        if _slots(source, cls, path) or not _elements_of(source, cls, path):
+        if "." in path and (_slots(source, cls, path) or not _elements_of(source, cls, path)):
             continue
         taken = {span for number, other, spans in slots if (number, other.partition(".")[0]) == (index, attribute)
                  for span in spans}  # fmt: skip
@@ -207,7 +207,9 @@ def check_lists(source: Source, slots: Iterable[tuple[int, str, frozenset[Span]]
         for function in (function for member in related(source, cls) for function in methods_of(member)):
             other = _other_use(function, attribute, ends)
             if other is not None:
-                raise NormStays(f"its list is also used at {source.file}:{other.lineno}", calls)
+                raise NormStays(
+                    f"{'its list' if '.' in path else 'it'} is also used at {source.file}:{other.lineno}", calls
+                )
 
 
 _WALKS = ("zip", "enumerate", "reversed")

@@ -7,7 +7,7 @@ class Layer(nn.Module):
 
     def __init__(self, width, normalize_before=False):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width)
+        self.norm1 = nn.Identity()
         self.norm2 = nn.LayerNorm(width)
         self.mixer = nn.Linear(width, width)
         self.alpha_mixer = nn.Parameter(torch.zeros(1))
@@ -34,11 +34,11 @@ class Layer(nn.Module):
 
 
 class Optional(nn.Module):
-    """The norm that every path crosses goes."""
+    """The first norm is on every path; the last one has no call but in one arm."""
 
     def __init__(self, width, sandwich):
         super().__init__()
-        self.last = nn.LayerNorm(width)
+        self.last = nn.Identity()
         self.fc = nn.Linear(width, width)
         self.alpha = nn.Parameter(torch.zeros(1))
         self.sandwich = sandwich

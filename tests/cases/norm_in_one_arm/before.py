@@ -32,7 +32,7 @@ class Layer(nn.Module):
 
 
 class Optional(nn.Module):
-    """The norm that every path crosses goes."""
+    """The first norm is on every path; the last one has no call but in one arm."""
 
     def __init__(self, width, sandwich):
         super().__init__()

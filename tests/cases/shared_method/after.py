@@ -8,13 +8,13 @@ class EncoderLayer(nn.Module):
         super().__init__()
         self.self_attn = nn.MultiheadAttention(width, heads)
         self.alpha_self_attn = nn.Parameter(torch.zeros(1))
-        self.self_attn_layer_norm = nn.LayerNorm(width)
+        self.self_attn_layer_norm = nn.Identity()
         self.dropout_module = nn.Dropout(0.1)
         self.normalize_before = normalize_before
         self.fc1 = nn.Linear(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
         self.alpha_fc2 = nn.Parameter(torch.zeros(1))
-        self.final_layer_norm = nn.LayerNorm(width)
+        self.final_layer_norm = nn.Identity()
 
     def residual_connection(self, x, residual):
         return residual + x
