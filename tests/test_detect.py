@@ -454,6 +454,21 @@ class PositionedStream(Net):
         return x + place
 
 
+class RefinedPositions(Net):
+    """Positions of the queries come from boxes that each layer refines, the first from anchors that the input chooses."""
+
+    def __init__(self) -> None:
+        super().__init__(one=PositionedLayer(), two=PositionedLayer(), box=nn.Linear(W, 4), place=nn.Linear(4, W))
+        self.register_buffer("anchors", torch.randn(5, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = torch.topk(x, 1, dim=-1).indices[..., 0] % 5
+        boxes = self.box(x) + self.anchors[chosen]
+        x = self.one(x, self.place(torch.sigmoid(boxes)))
+        boxes = self.box(x) + torch.sigmoid(boxes)
+        return self.two(x, self.place(torch.sigmoid(boxes)))
+
+
 class TimedLayer(Linears):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         return torch.relu(self.a(x) + self.b(t))
@@ -595,6 +610,15 @@ def test_positions_added_again_in_each_layer_are_no_skip_and_hide_no_block(make:
     layers = len([name for name, module in make().named_modules() if isinstance(module, (Block, PositionedLayer))])
     assert len(found.converted) == layers
     assert len(list(rz.alphas(rz.convert(make(), (vectors(), vectors()))))) == layers
+
+
+def test_positions_made_of_the_stream_are_inside_the_branch_that_reads_them() -> None:
+    found = plan(RefinedPositions(), vectors())
+    verdicts = {segment(site): (site.verdict, site.code) for site in found.sites}
+    assert verdicts["x + place"] == ("interior", "RZ131")
+    assert verdicts["self.box(x) + self.anchors[chosen]"] == ("refused", "RZ901")
+    assert [site.path for site in found.converted] == ["one", "two"]
+    assert len(list(rz.alphas(rz.convert(RefinedPositions(), vectors())))) == 2
 
 
 class Biased(Linears):

@@ -720,9 +720,15 @@ def _leaves(flow: Flow, node: int, inside: set[int]) -> bool:
 def _is_coupled(flow: Flow, node: int, other: int) -> bool:
     """Whether a sum adds to one value what is computed from another one alone."""
     terms = {term.value: flow.reaches(term.value, other) for term in operands(flow, node)}
-    own = [value for value, derived in terms.items() if not derived and not flow.constant[value]]
+    own = [value for value, derived in terms.items() if not derived and _carries_input(flow, value)]
     rest = [value for value, derived in terms.items() if derived]
     return len(own) == len(rest) == 1 and not flow.reaches(rest[0], own[0], avoid=frozenset({other}))
+
+
+def _carries_input(flow: Flow, value: int) -> bool:
+    """Whether values of an input are in a value: no constant, nor what an input only chooses among constants."""
+    kinds = (flow.facts[node].kind for node in range(value + 1) if flow.reaches(value, node))
+    return any(kind in ("input", "unseen") for kind in kinds)
 
 
 def _nesting(
@@ -745,7 +751,8 @@ def _nesting(
         if node in buried:
             continue
         inner = _inner(block, at)
-        long = any(_on_stream(flow, other.skip, block.skip, at) for other in inner) and not gated(block)
+        spanned = [other for other in inner if not _is_handed_in(flow, other, block)]
+        long = any(_on_stream(flow, other.skip, block.skip, at) for other in spanned) and not gated(block)
         if long and block.sum.inner:  # `x = x + f(x)`, then `x + entry`: the last block and the long skip are one sum
             del at[node]
             parts = [result for half in halves(flow, block.sum) for result in _classify_whole(flow, half)]
@@ -754,7 +761,7 @@ def _nesting(
             pending = sorted({*pending, *(part.sum.node for part in parts if isinstance(part, Block))})
             continue
         if long:
-            nested.append(Nested(block, "long-skip", next(iter(inner))))
+            nested.append(Nested(block, "long-skip", spanned[0]))
             continue
         chosen.append(block)
         for other in _interior(flow, block, inner, at):
@@ -770,6 +777,14 @@ def _inner(block: Block, at: dict[int, Block]) -> list[Block]:
     for branch in block.branches:
         found += [at[node] for node in branch.region[1:] if node in at]
     return found
+
+
+def _is_handed_in(flow: Flow, inner: Block, outer: Block) -> bool:
+    """Whether the branch of `inner` is handed to the module that adds it, beside the skip, and the same module's `outer`
+    goes on from that very skip: queries with positions that an earlier layer has refined, not a block of the stream."""
+    call = owner_call(flow, inner.sum.node)
+    given = all(flow.nodes[term.value] in call.inputs for term in inner.sum.terms)
+    return given and inner.skip == outer.skip and call is owner_call(flow, outer.sum.node)
 
 
 def _interior(flow: Flow, block: Block, inner: list[Block], at: dict[int, Block]) -> list[Block]:
