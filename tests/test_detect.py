@@ -455,7 +455,7 @@ class PositionedStream(Net):
 
 
 class RefinedPositions(Net):
-    """Positions of the queries come from boxes that each layer refines, the first from anchors that the input chooses."""
+    """Positions of the queries come from boxes that each layer refines, the first from anchors the input chooses."""
 
     def __init__(self) -> None:
         super().__init__(one=PositionedLayer(), two=PositionedLayer(), box=nn.Linear(W, 4), place=nn.Linear(4, W))

@@ -780,8 +780,8 @@ def _inner(block: Block, at: dict[int, Block]) -> list[Block]:
 
 
 def _is_handed_in(flow: Flow, inner: Block, outer: Block) -> bool:
-    """Whether the branch of `inner` is handed to the module that adds it, beside the skip, and the same module's `outer`
-    goes on from that very skip: queries with positions that an earlier layer has refined, not a block of the stream."""
+    """Whether the branch of `inner` is handed to the module that adds it, beside the skip, and the same module's
+    `outer` goes on from that very skip: queries with positions that an earlier layer has refined, not a block."""
     call = owner_call(flow, inner.sum.node)
     given = all(flow.nodes[term.value] in call.inputs for term in inner.sum.terms)
     return given and inner.skip == outer.skip and call is owner_call(flow, outer.sum.node)
