@@ -16,6 +16,7 @@ from ..capture.facts import of_function
 from ..capture.trace import Frame
 from ..errors import ConversionError
 from ..plan import Operand
+from ..sources import FunctionNode
 from . import code
 
 Refused = str
@@ -33,8 +34,8 @@ def argument(frames: Sequence[Frame], at: Operand) -> Operand | Refused:
     """
     for inner, outer in pairwise(frames):
         name = inner.place.qualname
-        definition = _definition(inner)
         expression = code.operand(at)
+        definition = _definition(inner, expression)
         if definition is None or expression is None:
             return f"the add is inside {name}, whose text cannot be read"
         parameters = _parameters(definition, expression, expression.lineno)
@@ -63,10 +64,13 @@ def called(frames: Sequence[Frame], at: Operand) -> Operand | None:
     """
     span = at.span
     for inner, outer in pairwise(frames):
-        definition, read = _definition(inner), code.operand(at)
+        read = code.operand(at)
+        definition = _definition(inner, read)
         if definition is None or not isinstance(read, ast.Name):
             return None
         returned = [node.value for node in ast.walk(definition) if isinstance(node, ast.Return)]
+        if isinstance(definition, ast.Lambda):
+            returned = [definition.body]
         if len(returned) != 1 or returned[0] is not code.expression(span):
             return None
         found = passed(inner, outer, read)
@@ -78,7 +82,7 @@ def called(frames: Sequence[Frame], at: Operand) -> Operand | None:
 
 def passed(inner: Frame, outer: Frame, read: ast.Name) -> Operand | None:
     """The argument that a variable of a function is, at the call of that function, unless it is set anew before."""
-    definition = _definition(inner)
+    definition = _definition(inner, read)
     if definition is None or read.id not in _names(definition):
         return None
     here = (read.lineno, read.col_offset)
@@ -88,15 +92,17 @@ def passed(inner: Frame, outer: Frame, read: ast.Name) -> Operand | None:
     return None if index is None else Operand(outer.place, outer.span, index)
 
 
-def _definition(frame: Frame) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
+def _definition(frame: Frame, inside: ast.AST | None) -> FunctionNode | None:
+    """The function that a frame runs: the innermost around an expression, a lambda or a nested function perhaps."""
     try:
-        found = sources.function(frame.place)
+        whole = sources.function(frame.place)
     except ConversionError:
         return None
-    return found if isinstance(found, (ast.FunctionDef, ast.AsyncFunctionDef)) else None
+    around = [node for node in ast.walk(whole) if isinstance(node, FunctionNode)] if whole is not None else []
+    return next((node for node in reversed(around) if any(part is inside for part in ast.walk(node))), None)
 
 
-def _parameters(definition: ast.FunctionDef | ast.AsyncFunctionDef, node: ast.expr, before: int) -> tuple[str, ...]:
+def _parameters(definition: FunctionNode, node: ast.expr, before: int) -> tuple[str, ...]:
     """The parameters that an expression is proportional to: at most through operations that a scalar commutes with."""
     if isinstance(node, ast.Call):
         function = node.func
@@ -119,7 +125,7 @@ def _parameters(definition: ast.FunctionDef | ast.AsyncFunctionDef, node: ast.ex
     return (node.id,) if node.id in _names(definition) else ()
 
 
-def _given(definition: ast.FunctionDef | ast.AsyncFunctionDef, name: str) -> list[ast.Assign]:
+def _given(definition: FunctionNode, name: str) -> list[ast.Assign]:
     """The statements that give a variable a value."""
     return [
         statement
@@ -129,7 +135,7 @@ def _given(definition: ast.FunctionDef | ast.AsyncFunctionDef, name: str) -> lis
     ]
 
 
-def _reads(definition: ast.FunctionDef | ast.AsyncFunctionDef, parameter: str) -> int:
+def _reads(definition: FunctionNode, parameter: str) -> int:
     """How often the text reads a parameter before it gives it another value."""
     nodes = [node for node in ast.walk(definition) if isinstance(node, ast.Name) and node.id == parameter]
     last = min((statement.lineno for statement in _given(definition, parameter)), default=None)
@@ -146,7 +152,7 @@ def _is_fixed(outer: Frame, index: int | str) -> bool:
     return isinstance(given, ast.Constant)
 
 
-def _is_value(definition: ast.FunctionDef | ast.AsyncFunctionDef, node: ast.expr) -> bool:
+def _is_value(definition: FunctionNode, node: ast.expr) -> bool:
     """Whether what stands before a dot is a value of the function, not a module like `F`."""
     while isinstance(node, (ast.Attribute, ast.Subscript, ast.Call)):
         node = node.func if isinstance(node, ast.Call) else node.value
@@ -158,14 +164,12 @@ def _is_value(definition: ast.FunctionDef | ast.AsyncFunctionDef, node: ast.expr
     )
 
 
-def _names(definition: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
+def _names(definition: FunctionNode) -> list[str]:
     args = definition.args
     return [arg.arg for arg in (*args.posonlyargs, *args.args, *args.kwonlyargs)]
 
 
-def _position(
-    inner: Frame, definition: ast.FunctionDef | ast.AsyncFunctionDef, outer: Frame, parameter: str
-) -> int | str | None:
+def _position(inner: Frame, definition: FunctionNode, outer: Frame, parameter: str) -> int | str | None:
     """Where a call passes a parameter of the function it calls."""
     call = code.expression(outer.span)
     if not isinstance(call, ast.Call):
@@ -180,10 +184,11 @@ def _position(
     return index if plain and index < len(call.args) else None
 
 
-def _is_bound(inner: Frame, definition: ast.FunctionDef | ast.AsyncFunctionDef, call: ast.Call) -> bool:
+def _is_bound(inner: Frame, definition: FunctionNode, call: ast.Call) -> bool:
     """Whether a call leaves out the first parameter of what it calls: the object or class of a method."""
-    names = {getattr(decorator, "id", "") for decorator in definition.decorator_list}
-    if not _is_method(inner) or "staticmethod" in names:
+    names = {getattr(decorator, "id", "") for decorator in getattr(definition, "decorator_list", ())}
+    nested = definition is not sources.function(inner.place)
+    if nested or not _is_method(inner) or "staticmethod" in names:
         return False
     on = call.func.value if isinstance(call.func, ast.Attribute) else call.func
     name = on.attr if isinstance(on, ast.Attribute) else getattr(on, "id", "")
