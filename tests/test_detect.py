@@ -354,6 +354,21 @@ class Coupling(Net):
         return left + torch.relu(self.lin(right))
 
 
+class MaskedCoupling(Net):
+    """RealNVP: what a mask takes of the input gives scale and shift of the rest."""
+
+    def __init__(self) -> None:
+        super().__init__(s=nn.Linear(W, W), t=nn.Linear(W, W))
+        self.register_buffer("mask", torch.arange(2 * W).reshape(2, W) % 2.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = self.mask[1] * x
+        s = torch.tanh(self.s(kept)) * (1 - self.mask[1])
+        t = torch.tanh(self.t(kept)) * (1 - self.mask[1])
+        rest = x - t
+        return (1 - self.mask[1]) * rest * torch.exp(-s) + kept
+
+
 class Reversible(Net):
     """RevNet: each half of the channels plus a function of the other."""
 
@@ -384,6 +399,36 @@ class ReversibleStack(Net):
         for layer in self.layers:
             x, y = layer(x, y)
         return torch.cat((x, y), dim=-1)
+
+
+SHIFTED = """
+from elsewhere import Modulated
+from torch import nn
+
+
+class Block(nn.Module):
+    def __init__(self, width, last=False):
+        super().__init__()
+        self.first = Modulated(width)
+        self.norm = nn.LayerNorm(width)
+        self.attn = nn.Linear(width, width)
+        self.ff = nn.Linear(width, width)
+        self.last = last
+
+    def forward(self, x, y, t):
+        if self.last:
+            n = self.first(y, t)
+        else:
+            n, shift, scale = self.first(y, t)
+        x = x + self.attn(n)
+        if self.last:
+            y = None
+        else:
+            y = y + self.attn(n)
+            n = self.norm(y) * (1 + scale[:, None]) + shift[:, None]
+            y = y + self.ff(n)
+        return x, y
+"""
 
 
 class TwoWay(Linears):
@@ -533,6 +578,8 @@ NEGATIVES: list[tuple[str, type[nn.Module], Any, str, str, str]] = [
     ("the mean of two distillation heads", Distilled, one, "self.a(x[:, 0])", "RZ903", "a"),
     ("Res2Net adds the next split", Res2Net, one, "sp + spx[1]", "RZ901", "other elements of split"),
     ("a reversible coupling", Coupling, one, "left +", "RZ901", "other elements of chunk"),
+    ("a coupling by masks", MaskedCoupling, one, "+ kept", "RZ901", "a mask and its complement"),
+    ("the shift of a coupling by masks", MaskedCoupling, one, "x - t", "RZ901", "a mask and its complement"),
     ("the Snake activation", Snake, one, "torch.sin", "RZ902", NO_WEIGHT),
     ("a straight-through estimator", StraightThrough, one, "x +", "RZ914", "detach"),
     ("global response normalization", GlobalResponse, one, "+ x", "RZ902", NO_WEIGHT),
@@ -593,6 +640,12 @@ def test_reversible_pairs_are_refused_as_a_whole(make: Any) -> None:
     assert {(site.verdict, site.code) for site in found.sites} == {("refused", "RZ918")}
     with pytest.warns(rz.NoEffectWarning, match="reversible pair"):
         rz.convert(make(), vectors())
+
+
+def test_a_value_that_only_a_dead_choice_reads_is_no_half_of_a_pair() -> None:
+    found = rz.convert_source(SHIFTED).report.plan
+    assert {site.verdict for site in found.sites if site.text.startswith("y = y +")} == {"converted"}
+    assert not [site for site in found.sites if site.code == "RZ918"]
 
 
 @pytest.mark.parametrize(("make", "blocks"), [(TwoWay, 2), (Conditioned, 1)])

@@ -8,6 +8,7 @@ from math import prod
 from types import MappingProxyType
 from typing import Literal
 
+from torch import fx
 from torch._ops import OpOverload, OpOverloadPacket
 
 from ..capture.graphs import is_flat
@@ -367,6 +368,11 @@ def _judge(
             return Refusal(whole, "RZ902", f"no linear or convolution weight between the skip and {what}", 1)
         if flow.constant[skip] and _is_given(flow, skip):
             return Refusal(whole, "RZ907", f"adds {describe(flow, skip)}, which does not depend on the input", 2)
+        if _is_masked(flow, skip, path, branch):
+            reason = (
+                f"{describe(flow, skip)} and the branch are masked, by a mask and its complement: halves of a coupling"
+            )
+            return Refusal(whole, "RZ901", reason, 4)
         if _is_beside(flow, skip, branch.term.value):
             return Refusal(whole, "RZ904", f"{describe(flow, skip)} is added to a stream that does not begin there", 2)
     if all(_is_scale(flow, node) for node in path):
@@ -500,6 +506,34 @@ def _reads_other_parts(flow: Flow, skip: int, first: int, branch: Branch) -> boo
         for user in flow.users[skip]
         if user in inside
     )
+
+
+def _is_masked(flow: Flow, skip: int, path: tuple[int, ...], branch: Branch) -> bool:
+    """Whether the branch is multiplied by the complement of what the skip, or all that the branch reads of it, is
+    multiplied by: the masks of a coupling (RealNVP, Dinh et al. 2017, eq. 9)."""
+    inside = set(branch.region)
+    reads = [user for user in flow.users[skip] if user in inside]
+    masked = (skip, *path, *(reads if all(flow.name(node) == "mul" for node in reads) else ()))
+    masks = [source for node in masked if flow.name(node) == "mul" for source in flow.inputs[node]]
+    kept = (_complement(flow, factor) for factor in _factors(flow, branch.term.value))
+    return any(one is not None and _is_same(flow, one, mask) for one in kept for mask in masks)
+
+
+def _factors(flow: Flow, value: int) -> Iterator[int]:
+    """What a product is made of."""
+    for source in flow.inputs[value] if flow.name(value) == "mul" else ():
+        yield source
+        yield from _factors(flow, source)
+
+
+def _is_same(flow: Flow, one: int, other: int) -> bool:
+    """Whether two nodes are one value that was read twice: `mask[i]`."""
+    here, there = flow.nodes[one], flow.nodes[other]
+    given = [[arg for arg in node.args if not isinstance(arg, fx.Node)] for node in (here, there)]
+    if (here.op, here.target) != (there.op, there.target) or given[0] != given[1]:
+        return False
+    pairs = zip(here.all_input_nodes, there.all_input_nodes, strict=False)
+    return all(_is_same(flow, flow.index[left], flow.index[right]) for left, right in pairs)
 
 
 def _is_beside(flow: Flow, skip: int, node: int) -> bool:
@@ -713,8 +747,12 @@ def _arms(flow: Flow, node: int) -> Iterator[int]:
 
 
 def _leaves(flow: Flow, node: int, inside: set[int]) -> bool:
-    """Whether a value is read elsewhere too."""
-    return flow.nodes[node] in flow.trace.root.outputs or any(user not in inside for user in flow.users[node])
+    """Whether a value is read elsewhere too, be it in a variable that conditions decide about, if that is read."""
+    if flow.nodes[node] in flow.trace.root.outputs:
+        return True
+    choices = [user for user in flow.users[node] if user not in inside and flow.name(user) == "choice"]
+    others = any(user not in inside and user not in choices for user in flow.users[node])
+    return others or any(_leaves(flow, choice, inside) for choice in choices)
 
 
 def _is_coupled(flow: Flow, node: int, other: int) -> bool:
