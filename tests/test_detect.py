@@ -401,6 +401,27 @@ class ReversibleStack(Net):
         return torch.cat((x, y), dim=-1)
 
 
+UNKNOWN_END = """
+from elsewhere import activation
+from torch import nn
+
+
+class Block(nn.Module):
+    def __init__(self, width, out):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, out, 3, padding=1)
+        self.conv2 = nn.Conv2d(out, out, 3, padding=1)
+        self.conv3 = nn.Conv2d(width, out, 1)
+        self.norm = nn.BatchNorm2d(out)
+        self.act = activation()
+
+    def forward(self, x):
+        y = self.conv2(nn.functional.relu(self.conv1(x)))
+        x = self.norm(self.conv3(x))
+        return self.act(y + x)
+"""
+
+
 SHIFTED = """
 from elsewhere import Modulated
 from torch import nn
@@ -640,6 +661,12 @@ def test_reversible_pairs_are_refused_as_a_whole(make: Any) -> None:
     assert {(site.verdict, site.code) for site in found.sites} == {("refused", "RZ918")}
     with pytest.warns(rz.NoEffectWarning, match="reversible pair"):
         rz.convert(make(), vectors())
+
+
+def test_a_sum_that_goes_into_a_module_of_unknown_class_is_undecided() -> None:
+    (site,) = rz.convert_source(UNKNOWN_END).report.plan.sites
+    assert (site.verdict, site.code) == ("refused", "RZ915")
+    assert "whether act only passes the sum on" in site.reason
 
 
 def test_a_value_that_only_a_dead_choice_reads_is_no_half_of_a_pair() -> None:
@@ -1834,3 +1861,4 @@ def test_an_add_that_did_not_run_beside_one_that_did_gets_no_gate() -> None:
     assert only(found, "torch.tanh").verdict == "converted"
     site = only(found, "torch.relu")
     assert (site.verdict, site.gates) == ("not-executed", ())
+    assert site.reason.endswith("pass inputs that run it, unless its condition is a setting of the module")

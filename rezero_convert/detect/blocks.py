@@ -430,6 +430,10 @@ def _projection(
         return Refusal(whole, "RZ903", f"parallel paths that may both be {describe(flow, skip)} itself", 2)
     maybe_identity = all(_is_scale(flow, node) or flow.name(node) == "choice" for node in path)
     if not maybe_identity and not is_flat(call.module) and not _is_output(flow, whole.node, call, path):
+        unknown = next((user for user in flow.users[whole.node] if _is_of_unknown_class(flow, user)), None)
+        if unknown is not None:
+            told = f"whether {describe(flow, unknown)} only passes the sum on, the text does not tell"
+            return Refusal(whole, "RZ915", f"{told}: pass --model and --inputs", 2)
         return Refusal(whole, "RZ916", "the sum is not the output of the module that makes it", 2)
     here, there = flow.shape(whole.node), flow.shape(skip)
     certain = here is not None and there is not None
@@ -705,6 +709,11 @@ def _is_output(flow: Flow, start: int, call: Call, path: tuple[int, ...]) -> boo
                 seen.add(user)
                 stack.append(user)
     return False
+
+
+def _is_of_unknown_class(flow: Flow, node: int) -> bool:
+    """Whether a node is a module of which the text does not tell the class: an activation perhaps."""
+    return flow.trace.model is None and flow.nodes[node].op == "call_module" and flow.facts[node].kind == "other"
 
 
 def _is_carried_by(flow: Flow, node: int, user: int, start: int, wholes: frozenset[int]) -> bool:
