@@ -220,7 +220,10 @@ def _unreached(site: Site) -> Site | None:
     """A block in the text of a class that has instances, but that the run did not come to."""
     if site.verdict != "converted":
         return None
-    reason = "a residual add that the run did not come to: pass inputs that run it"
+    reason = (
+        "a residual add that the run did not come to: pass inputs that run it, unless its condition is a setting of "
+        "the module"
+    )
     bare = dataclasses.replace(site, gates=(), norms=(), activation=None, repairs=())
     return dataclasses.replace(bare, verdict="not-executed", code="RZ140", reason=reason, calls=0)
 

@@ -16,7 +16,7 @@ NORM_KINDS: tuple[NormKind, ...] = ("layer", "batch", "group", "instance")
 Verdict = Literal["converted", "gated", "refused", "long-skip", "interior", "not-executed", "hidden", "folded"]
 """converted: rewritten. gated: already a ReZero block, left alone. refused: not a residual block, or one that cannot
 be rewritten; `Site.reason` says which. long-skip: spans blocks of its own stream. interior: inside another block's
-branch. not-executed: in a method that ran, on a path that did not. hidden: seen in the dispatcher only.
+branch. not-executed: on a path that the run did not take. hidden: seen in the dispatcher only.
 folded: its gates are in the branch's weights (`fold`)."""
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
-from .capture.guard import substitute, untouched
+from .capture.guard import substitute, untouched, weights_kept
 from .capture.inputs import Inputs, resolve_inputs
 from .capture.recorded import fresh_inputs, one_line, record, tensors_in
 from .capture.trace import Call, Frame, Trace, origin
@@ -219,7 +219,7 @@ def _outcome(
     model: nn.Module, run: Callable[..., Any], inputs: Inputs, weights: list[nn.Parameter], training: bool
 ) -> tuple[Sequence[Tensor], Sequence[Tensor | None]]:
     """The tensors of the output, and the gradients of the sum of their sizes; none where torch cannot compute them."""
-    with untouched(model, training=training, gradients=True):
+    with untouched(model, training=training, gradients=True), weights_kept(model):
         substitute(model, parameter=lambda tensor: tensor, buffer=Tensor.clone, other=Tensor.clone)
         args, kwargs = fresh_inputs(inputs)
         outputs = list(tensors_in(run(*args, **kwargs)))

@@ -354,6 +354,21 @@ class Coupling(Net):
         return left + torch.relu(self.lin(right))
 
 
+class MaskedCoupling(Net):
+    """RealNVP: what a mask takes of the input gives scale and shift of the rest."""
+
+    def __init__(self) -> None:
+        super().__init__(s=nn.Linear(W, W), t=nn.Linear(W, W))
+        self.register_buffer("mask", torch.arange(2 * W).reshape(2, W) % 2.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = self.mask[1] * x
+        s = torch.tanh(self.s(kept)) * (1 - self.mask[1])
+        t = torch.tanh(self.t(kept)) * (1 - self.mask[1])
+        rest = x - t
+        return (1 - self.mask[1]) * rest * torch.exp(-s) + kept
+
+
 class Reversible(Net):
     """RevNet: each half of the channels plus a function of the other."""
 
@@ -384,6 +399,57 @@ class ReversibleStack(Net):
         for layer in self.layers:
             x, y = layer(x, y)
         return torch.cat((x, y), dim=-1)
+
+
+UNKNOWN_END = """
+from elsewhere import activation
+from torch import nn
+
+
+class Block(nn.Module):
+    def __init__(self, width, out):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, out, 3, padding=1)
+        self.conv2 = nn.Conv2d(out, out, 3, padding=1)
+        self.conv3 = nn.Conv2d(width, out, 1)
+        self.norm = nn.BatchNorm2d(out)
+        self.act = activation()
+
+    def forward(self, x):
+        y = self.conv2(nn.functional.relu(self.conv1(x)))
+        x = self.norm(self.conv3(x))
+        return self.act(y + x)
+"""
+
+
+SHIFTED = """
+from elsewhere import Modulated
+from torch import nn
+
+
+class Block(nn.Module):
+    def __init__(self, width, last=False):
+        super().__init__()
+        self.first = Modulated(width)
+        self.norm = nn.LayerNorm(width)
+        self.attn = nn.Linear(width, width)
+        self.ff = nn.Linear(width, width)
+        self.last = last
+
+    def forward(self, x, y, t):
+        if self.last:
+            n = self.first(y, t)
+        else:
+            n, shift, scale = self.first(y, t)
+        x = x + self.attn(n)
+        if self.last:
+            y = None
+        else:
+            y = y + self.attn(n)
+            n = self.norm(y) * (1 + scale[:, None]) + shift[:, None]
+            y = y + self.ff(n)
+        return x, y
+"""
 
 
 class TwoWay(Linears):
@@ -454,6 +520,21 @@ class PositionedStream(Net):
         return x + place
 
 
+class RefinedPositions(Net):
+    """Positions of the queries come from boxes that each layer refines, the first from anchors the input chooses."""
+
+    def __init__(self) -> None:
+        super().__init__(one=PositionedLayer(), two=PositionedLayer(), box=nn.Linear(W, 4), place=nn.Linear(4, W))
+        self.register_buffer("anchors", torch.randn(5, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = torch.topk(x, 1, dim=-1).indices[..., 0] % 5
+        boxes = self.box(x) + self.anchors[chosen]
+        x = self.one(x, self.place(torch.sigmoid(boxes)))
+        boxes = self.box(x) + torch.sigmoid(boxes)
+        return self.two(x, self.place(torch.sigmoid(boxes)))
+
+
 class TimedLayer(Linears):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         return torch.relu(self.a(x) + self.b(t))
@@ -518,6 +599,8 @@ NEGATIVES: list[tuple[str, type[nn.Module], Any, str, str, str]] = [
     ("the mean of two distillation heads", Distilled, one, "self.a(x[:, 0])", "RZ903", "a"),
     ("Res2Net adds the next split", Res2Net, one, "sp + spx[1]", "RZ901", "other elements of split"),
     ("a reversible coupling", Coupling, one, "left +", "RZ901", "other elements of chunk"),
+    ("a coupling by masks", MaskedCoupling, one, "+ kept", "RZ901", "a mask and its complement"),
+    ("the shift of a coupling by masks", MaskedCoupling, one, "x - t", "RZ901", "a mask and its complement"),
     ("the Snake activation", Snake, one, "torch.sin", "RZ902", NO_WEIGHT),
     ("a straight-through estimator", StraightThrough, one, "x +", "RZ914", "detach"),
     ("global response normalization", GlobalResponse, one, "+ x", "RZ902", NO_WEIGHT),
@@ -580,6 +663,18 @@ def test_reversible_pairs_are_refused_as_a_whole(make: Any) -> None:
         rz.convert(make(), vectors())
 
 
+def test_a_sum_that_goes_into_a_module_of_unknown_class_is_undecided() -> None:
+    (site,) = rz.convert_source(UNKNOWN_END).report.plan.sites
+    assert (site.verdict, site.code) == ("refused", "RZ915")
+    assert "whether act only passes the sum on" in site.reason
+
+
+def test_a_value_that_only_a_dead_choice_reads_is_no_half_of_a_pair() -> None:
+    found = rz.convert_source(SHIFTED).report.plan
+    assert {site.verdict for site in found.sites if site.text.startswith("y = y +")} == {"converted"}
+    assert not [site for site in found.sites if site.code == "RZ918"]
+
+
 @pytest.mark.parametrize(("make", "blocks"), [(TwoWay, 2), (Conditioned, 1)])
 def test_streams_that_read_each_other_and_themselves_are_no_reversible_pair(make: Any, blocks: int) -> None:
     assert len(plan(make(), vectors(), vectors()).converted) == blocks
@@ -595,6 +690,15 @@ def test_positions_added_again_in_each_layer_are_no_skip_and_hide_no_block(make:
     layers = len([name for name, module in make().named_modules() if isinstance(module, (Block, PositionedLayer))])
     assert len(found.converted) == layers
     assert len(list(rz.alphas(rz.convert(make(), (vectors(), vectors()))))) == layers
+
+
+def test_positions_made_of_the_stream_are_inside_the_branch_that_reads_them() -> None:
+    found = plan(RefinedPositions(), vectors())
+    verdicts = {segment(site): (site.verdict, site.code) for site in found.sites}
+    assert verdicts["x + place"] == ("interior", "RZ131")
+    assert verdicts["self.box(x) + self.anchors[chosen]"] == ("refused", "RZ901")
+    assert [site.path for site in found.converted] == ["one", "two"]
+    assert len(list(rz.alphas(rz.convert(RefinedPositions(), vectors())))) == 2
 
 
 class Biased(Linears):
@@ -1757,3 +1861,4 @@ def test_an_add_that_did_not_run_beside_one_that_did_gets_no_gate() -> None:
     assert only(found, "torch.tanh").verdict == "converted"
     site = only(found, "torch.relu")
     assert (site.verdict, site.gates) == ("not-executed", ())
+    assert site.reason.endswith("pass inputs that run it, unless its condition is a setting of the module")

@@ -104,6 +104,7 @@ GATES = {
     "Lambda": ["alpha"],
     "HeldLambda": ["alpha_a", "alpha_b"],
     "LambdaInModule": ["alpha_a", "alpha_b"],
+    "Joined": ["alpha_a", "alpha_b"],
     "Static": ["alpha"],
     "Class": ["alpha"],
     "Timed": ["alpha"],
@@ -215,7 +216,7 @@ def rewritten(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 # The branch's norm also serves a use outside a branch in this file (Sliced, Nested, ...), so the file keeps it.
-SOURCE = [name for name in GATES if name not in ("Towards", "Static", "Class", "HeldJoin")]
+SOURCE = [name for name in GATES if name not in ("Towards", "Joined", "Static", "Class", "HeldJoin")]
 
 
 @pytest.mark.parametrize("name", SOURCE)

@@ -106,6 +106,11 @@ def test_text_that_does_not_parse_is_refused_with_its_line() -> None:
         rewrite("x = 1\ndef (:\n", Plan(()), FILE)
 
 
+def test_text_that_is_put_together_is_no_add_of_tensors() -> None:
+    renamed = 'def renamed(key):\n    return "encoder." + key[8:18] + key[20:]\n'
+    assert not rz.convert_source(renamed).report.plan.sites
+
+
 def test_a_gate_outside_of_every_class_is_refused() -> None:
     text = "def f(block, x):\n    return x + block(x)\n"
     with pytest.raises(ConversionError, match="not in a class"):

@@ -473,6 +473,38 @@ WHOLE = {
 whole = pytest.mark.parametrize(("make", "inputs", "count"), WHOLE.values(), ids=WHOLE.keys())
 
 
+class Rescaled(nn.Module):
+    """A layer that writes to its own parameters where it is trained: rows of length one, a codebook that follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.codes = nn.Embedding(4, 8)
+        self.codes.weight.requires_grad_(False)
+        self.shift = nn.Parameter(torch.zeros(8))
+        self.scale = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.linear.weight.copy_(F.normalize(self.linear.weight, dim=1))
+            self.codes.weight.data.mul_(0.9).add_(x.detach().mean())
+            self.shift.data = self.shift.data + 1
+            torch.mul(self.scale.data, 2, out=self.scale.data)
+        x = x + torch.relu(self.linear(x))
+        return x * self.scale + self.codes((x[..., 0] > 0).long()).detach() + self.shift
+
+
+def test_what_a_model_writes_to_its_parameters_is_undone() -> None:
+    model, x = Rescaled(), torch.randn(3, 8)
+    made = rz.convert(model, x)
+    rz.isometry(made, x)
+    rz.trace(made, x)
+    assert rz.validate(made, x).ok
+    for name, value in model.state_dict().items():
+        assert torch.equal(made.state_dict()[name], value), name
+
+
 @whole
 def test_everything_holds_and_nothing_changes(make: Any, inputs: Any, count: int) -> None:
     x = inputs()

@@ -18,6 +18,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
+from torch.overrides import TorchFunctionMode
 
 Replace = Callable[[Tensor], Tensor]
 
@@ -57,6 +58,17 @@ def untouched(model: nn.Module, *, training: bool = False, gradients: bool = Fal
         finally:
             for record in saved:
                 record.restore()
+
+
+@contextlib.contextmanager
+def weights_kept(model: nn.Module) -> Iterator[None]:
+    """A context for a run on the model's own parameters: what it writes to them (codebooks, forced norms) is undone."""
+    kept = _Kept(model)
+    try:
+        with kept:
+            yield
+    finally:
+        kept.restore()
 
 
 def substitute(model: nn.Module, parameter: Replace, buffer: Replace, other: Replace) -> dict[int, str]:
@@ -141,6 +153,45 @@ def uncollected() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+class _Kept(TorchFunctionMode):
+    """Keeps what a parameter holds, from before the first torch call that may write to it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._unwritten: dict[int, list[nn.Parameter]] = {}
+        self._before: list[tuple[nn.Parameter, Tensor, Tensor]] = []
+        for parameter in model.parameters():
+            self._unwritten.setdefault(_memory(parameter), []).append(parameter)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "").partition(".")[0]
+        if name.startswith(("__i", "__set")) or (name.endswith("_") and not name.endswith("__")):
+            self._keep(args[0] if args else kwargs.get("input"))
+        self._keep(kwargs.get("out"))
+        return func(*args, **kwargs)
+
+    def _keep(self, written: Any) -> None:
+        for tensor in written if isinstance(written, (tuple, list)) else (written,):
+            for parameter in self._unwritten.pop(_memory(tensor), ()) if isinstance(tensor, Tensor) else ():
+                self._before.append((parameter, parameter.data, parameter.data.clone()))
+
+    def restore(self) -> None:
+        for parameter, held, values in self._before:
+            parameter.data = held
+            held.copy_(values)
+
+
+def _memory(tensor: Tensor) -> int:
+    """What tensors that share memory have in common."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # sparse ones, those without values, and wrappers
+        return id(tensor)
 
 
 class _Unchecked:

@@ -31,7 +31,7 @@ from . import facts
 from .facts import Facts
 from .frames import TORCH, FrameReader
 from .graphs import unflattened
-from .guard import is_users_object, substitute, uncollected, untouched
+from .guard import is_users_object, substitute, uncollected, untouched, weights_kept
 from .memo import Fakes, Memo
 from .trace import Call, Frame, Origin, Trace
 
@@ -113,7 +113,7 @@ def replay(
         if position is not None:
             observe(position, nodes[position], tensor)
 
-    with untouched(model, training=training, gradients=gradients):
+    with untouched(model, training=training, gradients=gradients), weights_kept(model):
         paths = substitute(model, parameter=lambda tensor: tensor, buffer=Tensor.clone, other=Tensor.clone)
         recorder = _Recorder(model, paths, weak=True, observe=checked)
         return list(tensors_in(_execute(recorder, model, fresh_inputs((args, kwargs)))))
@@ -205,13 +205,9 @@ def _on_meta(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
 
 
 def _on_real(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Trace:
-    versions = {name: _version(parameter) for name, parameter in model.named_parameters()}
-    named = dict(model.named_parameters())
     paths = substitute(model, parameter=lambda tensor: tensor, buffer=Tensor.clone, other=Tensor.clone)
-    trace = _run(model, _converted((args, kwargs), Tensor.clone), paths, "recorded (real tensors)", weak=True)
-    changed = [name for name, version in versions.items() if _version(named[name]) != version]
-    notes = tuple(f"the model's forward overwrote its parameter {name} while it was recorded" for name in changed)
-    return dataclasses.replace(trace, notes=notes)
+    with weights_kept(model):
+        return _run(model, _converted((args, kwargs), Tensor.clone), paths, "recorded (real tensors)", weak=True)
 
 
 _RECORDERS: dict[Rung, Callable[[nn.Module, tuple[Any, ...], Mapping[str, Any]], Trace]] = {

@@ -117,6 +117,8 @@ def binary(
     a, b = operand(left), operand(right)
     if scope.state.exact and isinstance(a, str) and isinstance(b, str) and isinstance(op, ast.Add):
         return Const(a + b)
+    if isinstance(op, ast.Add) and (isinstance(a, str) or isinstance(b, str)):
+        return DATA  # text, whatever the other is
     if not scope.live or not (isinstance(a, fx.Node) or isinstance(b, fx.Node)):
         return _fold(op, left, right) if isinstance(left, Const) and isinstance(right, Const) else DATA
     target = _OPERATORS[type(op)][1 if inplace else 0]

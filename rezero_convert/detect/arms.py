@@ -70,6 +70,12 @@ def _is_twin(site: Site, found: Site) -> bool:
     return [gate.child for gate in site.gates] == [gate.child for gate in found.gates]
 
 
+_NOT_RUN = (
+    "a residual add on a path that did not run: pass inputs that run it, unless its condition is a setting of the "
+    "module"
+)
+
+
 def as_site(arm: Arm, gone: frozenset[str], alphas: tuple[str, ...]) -> Site:
     """The finding as a site of the instance: twins with the edits of their own text and the alphas of the other.
 
@@ -94,7 +100,7 @@ def as_site(arm: Arm, gone: frozenset[str], alphas: tuple[str, ...]) -> Site:
         )
         return replace(found, reason=reason, gates=gates, norms=(), activation=None, repairs=())
     if arm.twin is None:
-        reason = "a residual add on a path that did not run: pass inputs that run it"
+        reason = _NOT_RUN
         return replace(found, reason=reason, gates=(), norms=(), activation=None, repairs=())
     gates = tuple(_moved(gate, other, arm) for gate, other in zip(found.gates, arm.twin.gates, strict=True))
     activation = found.activation
@@ -112,7 +118,7 @@ def _replaced(found: Site, arm: Arm) -> Site:
     """The finding of a method that moves norms: in the text of a twin, as the text says."""
     move = found.move if arm.twin is not None else None
     if move is None:
-        reason = "a residual add on a path that did not run: pass inputs that run it"
+        reason = _NOT_RUN
     else:
         reason = "on a path that did not run, beside one that did: its norm moves, too"
         move = replace(move, at=_at(move.at, arm.place), to=tuple(_at(at, arm.place) for at in move.to))

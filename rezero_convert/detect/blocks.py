@@ -380,6 +380,11 @@ def _judge(
             return Refusal(whole, "RZ902", f"no linear or convolution weight between the skip and {what}", 1)
         if flow.constant[skip] and _is_given(flow, skip):
             return Refusal(whole, "RZ907", f"adds {describe(flow, skip)}, which does not depend on the input", 2)
+        if _is_masked(flow, skip, path, branch):
+            reason = (
+                f"{describe(flow, skip)} and the branch are masked, by a mask and its complement: halves of a coupling"
+            )
+            return Refusal(whole, "RZ901", reason, 4)
         if _is_beside(flow, skip, branch.term.value):
             return Refusal(whole, "RZ904", f"{describe(flow, skip)} is added to a stream that does not begin there", 2)
     if all(_is_scale(flow, node) for node in path):
@@ -437,6 +442,10 @@ def _projection(
         return Refusal(whole, "RZ903", f"parallel paths that may both be {describe(flow, skip)} itself", 2)
     maybe_identity = all(_is_scale(flow, node) or flow.name(node) == "choice" for node in path)
     if not maybe_identity and not is_flat(call.module) and not _is_output(flow, whole.node, call, path):
+        unknown = next((user for user in flow.users[whole.node] if _is_of_unknown_class(flow, user)), None)
+        if unknown is not None:
+            told = f"whether {describe(flow, unknown)} only passes the sum on, the text does not tell"
+            return Refusal(whole, "RZ915", f"{told}: pass --model and --inputs", 2)
         return Refusal(whole, "RZ916", "the sum is not the output of the module that makes it", 2)
     here, there = flow.shape(whole.node), flow.shape(skip)
     certain = here is not None and there is not None
@@ -513,6 +522,34 @@ def _reads_other_parts(flow: Flow, skip: int, first: int, branch: Branch) -> boo
         for user in flow.users[skip]
         if user in inside
     )
+
+
+def _is_masked(flow: Flow, skip: int, path: tuple[int, ...], branch: Branch) -> bool:
+    """Whether the branch is multiplied by the complement of what the skip, or all that the branch reads of it, is
+    multiplied by: the masks of a coupling (RealNVP, Dinh et al. 2017, eq. 9)."""
+    inside = set(branch.region)
+    reads = [user for user in flow.users[skip] if user in inside]
+    masked = (skip, *path, *(reads if all(flow.name(node) == "mul" for node in reads) else ()))
+    masks = [source for node in masked if flow.name(node) == "mul" for source in flow.inputs[node]]
+    kept = (_complement(flow, factor) for factor in _factors(flow, branch.term.value))
+    return any(one is not None and _is_same(flow, one, mask) for one in kept for mask in masks)
+
+
+def _factors(flow: Flow, value: int) -> Iterator[int]:
+    """What a product is made of."""
+    for source in flow.inputs[value] if flow.name(value) == "mul" else ():
+        yield source
+        yield from _factors(flow, source)
+
+
+def _is_same(flow: Flow, one: int, other: int) -> bool:
+    """Whether two nodes are one value that was read twice: `mask[i]`."""
+    here, there = flow.nodes[one], flow.nodes[other]
+    given = [[arg for arg in node.args if not isinstance(arg, fx.Node)] for node in (here, there)]
+    if (here.op, here.target) != (there.op, there.target) or given[0] != given[1]:
+        return False
+    pairs = zip(here.all_input_nodes, there.all_input_nodes, strict=False)
+    return all(_is_same(flow, flow.index[left], flow.index[right]) for left, right in pairs)
 
 
 def _is_beside(flow: Flow, skip: int, node: int) -> bool:
@@ -686,6 +723,11 @@ def _is_output(flow: Flow, start: int, call: Call, path: tuple[int, ...]) -> boo
     return False
 
 
+def _is_of_unknown_class(flow: Flow, node: int) -> bool:
+    """Whether a node is a module of which the text does not tell the class: an activation perhaps."""
+    return flow.trace.model is None and flow.nodes[node].op == "call_module" and flow.facts[node].kind == "other"
+
+
 def _is_carried_by(flow: Flow, node: int, user: int, start: int, wholes: frozenset[int]) -> bool:
     """Whether `user` passes on a stream: moves or scales it, adds to it what is computed from it (from `start` on), or
     joins it with other parts of the same whole, be it by writing it back, `x[i] = x[i] + f(x[i])`."""
@@ -731,16 +773,26 @@ def _arms(flow: Flow, node: int) -> Iterator[int]:
 
 
 def _leaves(flow: Flow, node: int, inside: set[int]) -> bool:
-    """Whether a value is read elsewhere too."""
-    return flow.nodes[node] in flow.trace.root.outputs or any(user not in inside for user in flow.users[node])
+    """Whether a value is read elsewhere too, be it in a variable that conditions decide about, if that is read."""
+    if flow.nodes[node] in flow.trace.root.outputs:
+        return True
+    choices = [user for user in flow.users[node] if user not in inside and flow.name(user) == "choice"]
+    others = any(user not in inside and user not in choices for user in flow.users[node])
+    return others or any(_leaves(flow, choice, inside) for choice in choices)
 
 
 def _is_coupled(flow: Flow, node: int, other: int) -> bool:
     """Whether a sum adds to one value what is computed from another one alone."""
     terms = {term.value: flow.reaches(term.value, other) for term in operands(flow, node)}
-    own = [value for value, derived in terms.items() if not derived and not flow.constant[value]]
+    own = [value for value, derived in terms.items() if not derived and _carries_input(flow, value)]
     rest = [value for value, derived in terms.items() if derived]
     return len(own) == len(rest) == 1 and not flow.reaches(rest[0], own[0], avoid=frozenset({other}))
+
+
+def _carries_input(flow: Flow, value: int) -> bool:
+    """Whether values of an input are in a value: no constant, nor what an input only chooses among constants."""
+    kinds = (flow.facts[node].kind for node in range(value + 1) if flow.reaches(value, node))
+    return any(kind in ("input", "unseen") for kind in kinds)
 
 
 def _nesting(
@@ -763,7 +815,8 @@ def _nesting(
         if node in buried:
             continue
         inner = _inner(block, at)
-        long = any(_on_stream(flow, other.skip, block.skip, at) for other in inner) and not gated(block)
+        spanned = [other for other in inner if not _is_handed_in(flow, other, block)]
+        long = any(_on_stream(flow, other.skip, block.skip, at) for other in spanned) and not gated(block)
         if long and block.sum.inner:  # `x = x + f(x)`, then `x + entry`: the last block and the long skip are one sum
             del at[node]
             parts = [result for half in halves(flow, block.sum) for result in _classify_whole(flow, half)]
@@ -772,7 +825,7 @@ def _nesting(
             pending = sorted({*pending, *(part.sum.node for part in parts if isinstance(part, Block))})
             continue
         if long:
-            nested.append(Nested(block, "long-skip", next(iter(inner))))
+            nested.append(Nested(block, "long-skip", spanned[0]))
             continue
         chosen.append(block)
         for other in _interior(flow, block, inner, at):
@@ -788,6 +841,14 @@ def _inner(block: Block, at: dict[int, Block]) -> list[Block]:
     for branch in block.branches:
         found += [at[node] for node in branch.region[1:] if node in at]
     return found
+
+
+def _is_handed_in(flow: Flow, inner: Block, outer: Block) -> bool:
+    """Whether the branch of `inner` is handed to the module that adds it, beside the skip, and the same module's
+    `outer` goes on from that very skip: queries with positions that an earlier layer has refined, not a block."""
+    call = owner_call(flow, inner.sum.node)
+    given = all(flow.nodes[term.value] in call.inputs for term in inner.sum.terms)
+    return given and inner.skip == outer.skip and call is owner_call(flow, outer.sum.node)
 
 
 def _interior(flow: Flow, block: Block, inner: list[Block], at: dict[int, Block]) -> list[Block]:

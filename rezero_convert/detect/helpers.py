@@ -83,6 +83,8 @@ def called(frames: Sequence[Frame], at: Operand) -> Operand | None:
         if function is None or not isinstance(read, ast.Name):
             return None
         returned = [node.value for node in ast.walk(function.definition) if isinstance(node, ast.Return)]
+        if isinstance(function.definition, ast.Lambda):
+            returned = [function.definition.body]
         if len(returned) != 1 or returned[0] is not code.expression(span):
             return None
         found = passed(inner, outer, read)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..capture.guard import substitute, untouched
+from ..capture.guard import substitute, untouched, weights_kept
 from ..capture.recorded import fresh_inputs, tensors_in
 
 SEED = 0
@@ -17,7 +17,7 @@ def run_model(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, training: bool, gradients: bool
 ) -> tuple[list[Tensor], dict[str, nn.Parameter]]:
     """The tensors that a model returns, from a fixed random state; it is left as it was."""
-    with untouched(model, training=training, gradients=gradients):
+    with untouched(model, training=training, gradients=gradients), weights_kept(model):
         substitute(model, parameter=lambda tensor: tensor, buffer=Tensor.clone, other=Tensor.clone)
         torch.manual_seed(SEED)
         args, kwargs = fresh_inputs((args, kwargs))
