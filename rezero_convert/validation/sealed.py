@@ -26,15 +26,18 @@ from .running import identical, run_model
 def seals(subject: Subject, look: Look, notes: list[str]) -> Iterator[Check]:
     """Whether the outputs that are reached through gates only stay when the branches' weights change.
 
-    Weights that are also used outside of branches do not change.
+    Weights that are also used outside of branches do not change. An output that no input's values come to is not
+    looked at: what it is may have come through Python, as the number of tokens that a router gave each expert does.
     """
     weights = _branch_parameters(subject, look)
     if not weights:
         return
     nodes = look.flow.trace.root.outputs
     owners = {id(weight) for weight in weights}
+    computed = {node for node, constant in zip(look.flow.nodes, look.flow.constant, strict=True) if not constant}
     behind = [
-        not any(
+        output in computed
+        and not any(
             id(parameter) in owners for node in cone(look, [output], sealed=True) for parameter in _used(look, node)
         )
         for output in nodes
