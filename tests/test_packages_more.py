@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -71,3 +72,67 @@ def test_the_output_beside_it_is_still_looked_at() -> None:
     converted = rz.convert(Routed(), torch.randn(16, 4))
     sealed = [check for check in rz.validate(converted, torch.randn(16, 4)).checks if check.name == "sealed"]
     assert [(check.ok, check.detail) for check in sealed] == [(True, "1 output")]
+
+
+class Scored(nn.Module):
+    """Attention that may add the scores of the layer before to its own, or mix that layer's values into its own."""
+
+    def __init__(self, mixes: bool) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4)
+        self.q, self.k, self.v, self.out = (nn.Linear(4, 4) for _ in range(4))
+        self.mixes = mixes
+
+    def forward(self, x: torch.Tensor, before: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        h = self.norm(x)
+        scores, v = self.q(h) @ self.k(h).mT, self.v(h)
+        if before is not None and self.mixes:
+            v = before.lerp(v, self.q(h).sigmoid())
+        elif before is not None:
+            scores = scores + before
+        return self.out(scores.softmax(-1) @ v), v if self.mixes else scores
+
+
+class Residually(nn.Module):
+    def __init__(self, mixes: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Scored(mixes) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        before = None
+        for layer in self.layers:
+            f, before = layer(x, before)
+            x = x + f
+        return x
+
+
+@pytest.mark.parametrize("mixes", [False, True])
+def test_what_one_layer_hands_the_next_beside_the_stream_is_no_skip(mixes: bool) -> None:
+    model, inputs = Residually(mixes), torch.randn(2, 5, 4)
+    sites = rz.audit(model, inputs).plan.sites
+    assert [(site.verdict, site.text) for site in sites if site.code != "RZ904"] == [("converted", "x = x + f")]
+    refused = [site for site in sites if site.code == "RZ904"]
+    assert [site.path for site in refused] == ["layers.1", "layers.2"]
+    assert all("only through the block at" in site.reason for site in refused)
+    assert torch.equal(rz.convert(model, inputs)(inputs), inputs)
+
+
+class Agreeing(nn.Module):
+    """Routing by agreement: the logits are zero at first, and weigh values that have weights of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 4, 4))
+
+    def forward(self, u: torch.Tensor) -> torch.Tensor:
+        values = torch.einsum("inm,bin->bim", self.weight, u)
+        logits = u.new_zeros(u.shape[:2])
+        for _ in range(2):
+            mean = torch.einsum("bi,bim->bm", logits.softmax(1), values)
+            logits = logits + torch.einsum("bm,bim->bi", mean, values)
+        return logits.softmax(1)
+
+
+def test_a_product_with_what_the_skip_itself_became_is_no_weight() -> None:
+    sites = rz.audit(Agreeing(), torch.randn(2, 3, 4)).plan.sites
+    assert {(site.verdict, site.code) for site in sites} == {("refused", "RZ907"), ("refused", "RZ902")}

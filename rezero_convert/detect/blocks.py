@@ -107,6 +107,9 @@ def find(
                 blocks.append(result)
             else:
                 refusals.append(result)
+    crossing = dict(_crossing(flow, blocks))
+    refusals += crossing.values()
+    blocks = [block for block in blocks if block.sum.node not in crossing]
     coupled = _reversible(flow, blocks)
     refusals = [replace(one, code="RZ918", reason=_HALF) if one.sum.node in coupled else one for one in refusals]
     refusals += [Refusal(block.sum, "RZ918", _HALF) for block in blocks if block.sum.node in coupled]
@@ -362,7 +365,7 @@ def _judge(
         inside = branch.region[1:]
         if _is_upsampled(flow, branch, path) and not _is_closed(flow, whole, skip, branch):
             return Refusal(whole, "RZ905", "merges resolutions: there is upsampling between the operands", 3)
-        if not any(has_weight(flow, node) for node in inside):
+        if not any(has_weight(flow, node, frozenset(branch.region)) for node in inside):
             what = f"{describe(flow, branch.term.value)}{_without_weight(flow, branch.region)}"
             return Refusal(whole, "RZ902", f"no linear or convolution weight between the skip and {what}", 1)
         if flow.constant[skip] and _is_given(flow, skip):
@@ -582,13 +585,14 @@ def _is_upsampling(flow: Flow, node: int) -> bool:
     return not flow.facts[node].optional and (flow.facts[node].kind == "upsample" or name.startswith(repeats))
 
 
-def has_weight(flow: Flow, node: int) -> bool:
-    """Whether the node multiplies by a matrix or kernel that is a parameter."""
+def has_weight(flow: Flow, node: int, within: frozenset[int] = frozenset()) -> bool:
+    """Whether the node multiplies by a matrix or kernel that is a parameter, and not one of the values `within`."""
     if flow.facts[node].weight:
         return True
     if flow.name(node) not in _MATRIX_PRODUCTS and not _is_foreign(flow, node):
         return False
-    return any(flow.constant[source] and _is_matrix(flow, source) for source in flow.inputs[node])
+    sources = [source for source in flow.inputs[node] if source not in within]
+    return any(flow.constant[source] and _is_matrix(flow, source) for source in sources)
 
 
 def _is_foreign(flow: Flow, node: int) -> bool:
@@ -688,6 +692,21 @@ def _is_carried_by(flow: Flow, node: int, user: int, start: int, wholes: frozens
     if operands(flow, user) or flow.name(user) == "setitem":
         return bool(others) and all(flow.reaches(other, start) for other in others)
     return not others and (flow.facts[user].kind == "layout" or flow.name(user) in ("mul", "div"))
+
+
+def _crossing(flow: Flow, blocks: list[Block]) -> Iterator[tuple[int, Refusal]]:
+    """The sums whose branches come from the skip only by way of a block of another stream, outside of their module:
+    attention scores to which those of the layer before are added, by way of that layer's own block."""
+    at = {block.sum.node: block for block in blocks}
+    for block in blocks:
+        call = _joining_call(flow, block.sum.node)
+        crossed = [at[node] for branch in block.branches for node in branch.cuts[:-1] if node in at]
+        for other in crossed:
+            if not flow.reaches(other.skip, block.skip) and not _within(flow.origin(other.sum.node).call, call):
+                skip, origin = describe(flow, block.skip), flow.origin(other.sum.node)
+                where = origin.written or (origin.frames[0].span if origin.frames else "another add")
+                reason = f"the branch comes from {skip} only through the block at {where}, which is not of its stream"
+                yield block.sum.node, Refusal(block.sum, "RZ904", reason)
 
 
 def _reversible(flow: Flow, blocks: list[Block]) -> set[int]:
