@@ -136,3 +136,76 @@ class Agreeing(nn.Module):
 def test_a_product_with_what_the_skip_itself_became_is_no_weight() -> None:
     sites = rz.audit(Agreeing(), torch.randn(2, 3, 4)).plan.sites
     assert {(site.verdict, site.code) for site in sites} == {("refused", "RZ907"), ("refused", "RZ902")}
+
+
+class Spoiled(nn.Module):
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        nn.init.constant_(self.fc.weight, value)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.fc(x)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_nothing_has_initialized_are_named_as_the_cause(value: float) -> None:
+    with pytest.raises(rz.ConversionError, match=r"the branch is not finite, .* \(are all weights initialized\?\)"):
+        rz.convert(Spoiled(value), torch.ones(2, 4))
+
+
+class Overflowing(nn.Module):
+    """A branch that is not finite any more when the signs of its weights change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4, bias=False)
+        nn.init.constant_(self.fc.weight, -2.0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.fc(x)
+        return x + torch.exp(h + 12 * h.relu())
+
+
+def test_a_branch_that_overflows_with_other_weights_is_no_leak() -> None:
+    model, inputs = Overflowing(), torch.ones(2, 4)
+    check = rz.validate(rz.convert(model, inputs), inputs)
+    assert check.ok
+    assert "not checked whether gates seal branches: with other weights the outputs are not finite" in check.notes
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.utils.parametrizations.weight_norm(nn.Conv1d(4, 4, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.conv(x)
+
+
+def test_a_layers_parametrization_has_run_with_it() -> None:
+    assert rz.audit(Normed(), torch.randn(2, 4, 3)).plan.notes == ()
+
+
+class Reading(nn.Module):
+    """A loop whose first pass adds to the stream, and whose second one spans the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first = x
+        for layer in self.layers:
+            x = layer(x).relu()
+            x = x + first
+        return x
+
+
+def test_a_loop_whose_passes_span_each_other_is_refused() -> None:
+    model, inputs = Reading(), torch.randn(2, 4)
+    (site, *others) = rz.audit(model, inputs).plan.sites
+    assert (site.verdict, site.code) == ("refused", "RZ911")
+    assert [other.verdict for other in others] == ["long-skip"]
+    with pytest.warns(rz.NoEffectWarning):
+        assert torch.equal(rz.convert(model, inputs)(inputs), model(inputs))

@@ -68,7 +68,7 @@ def _plan(trace: Trace, options: Options) -> Plan:
         if placement is not None:
             drafts = [placements.moved(facts, draft, placement) for draft in drafts]
         others = _unexecuted(facts, drafts, options)
-        merged = _merge(facts, drafts, refusals)
+        merged = _merge(facts, drafts, refusals, [one.block for one in nested if one.block not in gated_long])
         more = dict(_left(facts, nested, merged))
         if not more:
             break
@@ -109,11 +109,12 @@ def _idle(flow: Flow) -> Iterator[str]:
     ran = {call.path for call in flow.trace.calls}
     ran |= {str(node.target) for node in flow.nodes if node.op == "call_module"}
     ran |= {str(node.target).rpartition(".")[0] for node in flow.nodes if node.op == "get_attr"}
+    leaves = tuple(f"{node.target}." for node in flow.nodes if node.op == "call_module")
     above = {path[:end] for path in ran for end, letter in enumerate(path) if letter == "."} | ran | {""}
     idle: list[str] = []
     for path, module in model.named_modules():
-        below_idle = any(f"{path}.".startswith(f"{one}.") for one in idle[-1:])
-        if path not in above and not below_idle and any(_may_add(part) for part in module.modules()):
+        told = path.startswith((*leaves, *(f"{one}." for one in idle[-1:])))  # a layer's own parts run with it
+        if path not in above and not told and any(_may_add(part) for part in module.modules()):
             idle.append(path)
     if idle:
         yield f"did not run, and is not judged: {compact(idle)}; pass inputs, or set what they depend on, to run it"
@@ -259,12 +260,16 @@ def _with_norms(draft: Draft, final: dict[Norm, Norm]) -> Site:
     return replace(draft.site, norms=own, repairs=repairs)
 
 
-def _merge(flow: Flow, drafts: list[Draft], refusals: list[Refusal]) -> list[Draft]:
+def _merge(flow: Flow, drafts: list[Draft], refusals: list[Refusal], ungated: list[Block]) -> list[Draft]:
     """One draft per add in the code of an instance: a module that runs twice is decided once."""
     refused = {(site.path, site.span) for refusal in refusals for site in (_refused(flow, refusal),)}
+    passes = {(site_of(flow, block.sum, "interior", "").span, owner_call(flow, block.sum.node)) for block in ungated}
     groups: dict[tuple[str, Span | None], list[Draft]] = {}
     for draft in drafts:
         groups.setdefault((draft.site.path, draft.site.span), []).append(draft)
+    for key, group in groups.items():
+        if any((key[1], owner_call(flow, draft.block.sum.node)) in passes for draft in group):
+            refused.add(key)  # other passes of the same loop add for what gets no gate
     return [_merged(flow, group, key in refused) for key, group in groups.items()]
 
 
