@@ -209,3 +209,66 @@ def test_a_loop_whose_passes_span_each_other_is_refused() -> None:
     assert [other.verdict for other in others] == ["long-skip"]
     with pytest.warns(rz.NoEffectWarning):
         assert torch.equal(rz.convert(model, inputs)(inputs), model(inputs))
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4)
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.fc(self.norm(x))
+
+
+class Half(nn.Module):
+    """An encoder, or a decoder: layers and a last norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Layer()])
+        self.norm = nn.LayerNorm(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x)
+
+
+def test_the_last_norms_of_two_stacks_of_one_layer_stay() -> None:
+    model, inputs = nn.Sequential(Half(), Half()), torch.randn(2, 4)
+    converted = rz.convert(model, inputs)
+    assert {site.form for site in rz.audit(model, inputs).plan.converted} == {"identity skip, pre-norm"}
+    assert torch.equal(converted(inputs), model[1].norm(model[0].norm(inputs)))
+
+
+NAMED_AGAIN = """
+from torch import nn
+
+class Layer(nn.Module):
+    def __init__(self, width, attention, other):
+        super().__init__()
+        self.attention = attention
+        self.other = other
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.norm3 = nn.LayerNorm(width)
+        self.fc = nn.Linear(width, width)
+
+    def forward(self, x, source=None):
+        z = self.norm1(x)
+        x = x + self.attention(z)
+        if source is not None:
+            z = self.norm2(x)
+            x = x + self.other(z, source)
+        z = self.norm3(x)
+        return x + self.fc(z)
+"""
+
+
+def test_a_variable_that_is_set_again_in_one_arm_and_read_in_none_is_no_reader() -> None:
+    result = rz.convert_source(NAMED_AGAIN, file="layer.py")
+    assert [site.form for site in result.report.plan.converted] == ["identity skip, pre-norm"] * 3
+    assert "LayerNorm" not in result.text
+    kept = NAMED_AGAIN.replace("self.fc(z)", "self.fc(x) * z.mean()").replace("        z = self.norm3(x)\n", "")
+    assert rz.convert_source(kept, file="kept.py").text.count("LayerNorm") == 3

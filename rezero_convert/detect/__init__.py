@@ -140,7 +140,7 @@ def _post_norms(flow: Flow, drafts: list[Draft], options: Options) -> list[Draft
         node = _next_norm(flow, draft.block)
         everywhere = following[_text(flow, draft)]
         alone = len(everywhere) == 1 and any(member.position in ("pre", "end") for member in draft.members)
-        alone = alone or (node is not None and _after_loop(flow, draft.site, node))
+        alone = alone or (node is not None and (_after_loop(flow, draft.site, node) or _after_list(flow, draft, node)))
         if node is not None and None not in everywhere and not alone and draft.site.verdict == "converted":
             draft = replace(draft, members=(*draft.members, norms.after(flow, node, options)))
         result.append(draft)
@@ -157,6 +157,18 @@ def _after_loop(flow: Flow, site: Site, node: int) -> bool:
     """Whether a norm follows the loop over modules that the add runs in; a static trace has one pass of it."""
     loop, star, _ = site.path.rpartition("*")
     return bool(star) and not norms.path_of(flow, node).startswith(f"{loop}*.")
+
+
+def _after_list(flow: Flow, draft: Draft, node: int) -> bool:
+    """Whether a norm lies outside of the list whose element holds the add, and the block has norms of its own: behind
+    an encoder's and a decoder's only layer every occurrence of the add is followed by one."""
+    names = draft.site.path.split(".")
+    last = max((number for number, name in enumerate(names) if name.isdigit()), default=None)
+    if last is None or not any(member.position in ("pre", "end") for member in draft.members):
+        return False
+    held, element = ".".join(names[:last]), ".".join(names[: last + 1])
+    path = norms.path_of(flow, node)
+    return path.rpartition(".")[0] != held and not path.startswith(f"{element}.")
 
 
 def _next_norm(flow: Flow, block: Block) -> int | None:
