@@ -272,3 +272,37 @@ def test_a_variable_that_is_set_again_in_one_arm_and_read_in_none_is_no_reader()
     assert "LayerNorm" not in result.text
     kept = NAMED_AGAIN.replace("self.fc(z)", "self.fc(x) * z.mean()").replace("        z = self.norm3(x)\n", "")
     assert rz.convert_source(kept, file="kept.py").text.count("LayerNorm") == 3
+
+
+DENORMALIZED = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Conv1d(1, 1, 3, padding=1)
+
+    def forward(self, mix):
+        mean = mix.mean(dim=-1, keepdim=True)
+        x = self.net((mix - mean) / mix.std())
+        return x * mix.std() + mean
+"""
+POOLED = """
+from torch import nn
+
+class Head(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        pooled = x.mean(dim=1)
+        return pooled + self.fc(pooled)
+"""
+
+
+def test_a_mean_that_is_added_back_is_no_skip_in_a_file() -> None:
+    report = rz.audit_source(DENORMALIZED, file="net.py")
+    assert {site.verdict for site in report.plan.sites} == {"refused"}
+    assert [site.code for site in report.plan.sites if site.text.startswith("return")] == ["RZ906"]
+    assert len(rz.audit_source(POOLED, file="head.py").plan.converted) == 1

@@ -402,7 +402,18 @@ def _same_shape(flow: Flow, whole: Sum, shortcut: Term, skip: int, branches: tup
         return Refusal(
             whole, "RZ906", f"the skip's shape {flow.shape(skip)} is broadcast to {flow.shape(whole.node)}", 2
         )
+    if None in sizes and any(_is_centered(flow, skip, branch) for branch in branches):
+        return Refusal(
+            whole, "RZ906", f"{describe(flow, skip)} is broadcast: what it was taken of is centered by it", 2
+        )
     return Block(whole, shortcut, skip, "identity", branches, certain=None not in sizes)
+
+
+def _is_centered(flow: Flow, skip: int, branch: Branch) -> bool:
+    """Whether a skip of unknown shape is a statistic, and a branch starts with the difference to what it is one of."""
+    starts = [user for user in flow.users[skip] if user in branch.region and operands(flow, user)]
+    others = [source for user in starts for source in flow.inputs[user] if source != skip]
+    return flow.name(skip) in _STATISTICS and any(flow.reaches(skip, other) for other in others)
 
 
 def _projection(
