@@ -175,4 +175,5 @@ def of_function(target: Any) -> Facts:
     kind = _FUNCTIONS.get(name, "other")
     spelled = target if isinstance(target, str) else getattr(target, "__name__", "")
     inplace = (spelled.endswith("_") and not spelled.endswith("__")) or spelled in ("iadd", "isub", "imul", "setitem")
-    return Facts(kind, name, norm=_FUNCTION_NORMS.get(name), weight=kind == "linear", inplace=inplace)
+    weight = kind == "linear" or name == "multi_head_attention_forward"
+    return Facts(kind, name, norm=_FUNCTION_NORMS.get(name), weight=weight, inplace=inplace)

@@ -68,7 +68,7 @@ def _plan(trace: Trace, options: Options) -> Plan:
         if placement is not None:
             drafts = [placements.moved(facts, draft, placement) for draft in drafts]
         others = _unexecuted(facts, drafts, options)
-        merged = _merge(facts, drafts, refusals)
+        merged = _merge(facts, drafts, refusals, [one.block for one in nested if one.block not in gated_long])
         shared = _shared(facts, drafts, merged)
         if shared:
             facts = replace(facts, shared={**facts.shared, **shared})
@@ -150,11 +150,12 @@ def _idle(flow: Flow) -> Iterator[str]:
     ran = {call.path for call in flow.trace.calls}
     ran |= {str(node.target) for node in flow.nodes if node.op == "call_module"}
     ran |= {str(node.target).rpartition(".")[0] for node in flow.nodes if node.op == "get_attr"}
+    leaves = tuple(f"{node.target}." for node in flow.nodes if node.op == "call_module")
     above = {path[:end] for path in ran for end, letter in enumerate(path) if letter == "."} | ran | {""}
     idle: list[str] = []
     for path, module in model.named_modules():
-        below_idle = any(f"{path}.".startswith(f"{one}.") for one in idle[-1:])
-        if path not in above and not below_idle and any(_may_add(part) for part in module.modules()):
+        told = path.startswith((*leaves, *(f"{one}." for one in idle[-1:])))  # a layer's own parts run with it
+        if path not in above and not told and any(_may_add(part) for part in module.modules()):
             idle.append(path)
     if idle:
         yield f"did not run, and is not judged: {compact(idle)}; pass inputs, or set what they depend on, to run it"
@@ -180,7 +181,7 @@ def _post_norms(flow: Flow, drafts: list[Draft], options: Options) -> list[Draft
         node = _next_norm(flow, draft.block)
         everywhere = following[_text(flow, draft)]
         alone = len(everywhere) == 1 and any(member.position in ("pre", "end") for member in draft.members)
-        alone = alone or (node is not None and _after_loop(flow, draft.site, node))
+        alone = alone or (node is not None and (_after_loop(flow, draft.site, node) or _after_list(flow, draft, node)))
         if node is not None and None not in everywhere and not alone and draft.site.verdict == "converted":
             draft = replace(draft, members=(*draft.members, norms.after(flow, node, options)))
         result.append(draft)
@@ -197,6 +198,18 @@ def _after_loop(flow: Flow, site: Site, node: int) -> bool:
     """Whether a norm follows the loop over modules that the add runs in; a static trace has one pass of it."""
     loop, star, _ = site.path.rpartition("*")
     return bool(star) and not norms.path_of(flow, node).startswith(f"{loop}*.")
+
+
+def _after_list(flow: Flow, draft: Draft, node: int) -> bool:
+    """Whether a norm lies outside of the list whose element holds the add, and the block has norms of its own: behind
+    an encoder's and a decoder's only layer every occurrence of the add is followed by one."""
+    names = draft.site.path.split(".")
+    last = max((number for number, name in enumerate(names) if name.isdigit()), default=None)
+    if last is None or not any(member.position in ("pre", "end") for member in draft.members):
+        return False
+    held, element = ".".join(names[:last]), ".".join(names[: last + 1])
+    path = norms.path_of(flow, node)
+    return path.rpartition(".")[0] != held and not path.startswith(f"{element}.")
 
 
 def _next_norm(flow: Flow, block: Block) -> int | None:
@@ -330,12 +343,16 @@ def _with_norms(draft: Draft, final: dict[Norm, Norm]) -> Site:
     return replace(draft.site, norms=own, repairs=repairs)
 
 
-def _merge(flow: Flow, drafts: list[Draft], refusals: list[Refusal]) -> list[Draft]:
+def _merge(flow: Flow, drafts: list[Draft], refusals: list[Refusal], ungated: list[Block]) -> list[Draft]:
     """One draft per add in the code of an instance: a module that runs twice is decided once."""
     refused = {_place_of(flow, refusal) for refusal in refusals}
+    passes = {(site_of(flow, block.sum, "interior", "").span, owner_call(flow, block.sum.node)) for block in ungated}
     groups: dict[tuple[str, Span | None], list[Draft]] = {}
     for draft in drafts:
         groups.setdefault((draft.site.path, draft.site.span), []).append(draft)
+    for key, group in groups.items():
+        if any((key[1], owner_call(flow, draft.block.sum.node)) in passes for draft in group):
+            refused.add(key)  # other passes of the same loop add for what gets no gate
     return [_merged(flow, group, key in refused) for key, group in groups.items()]
 
 

@@ -109,6 +109,9 @@ def find(
                 blocks.append(result)
             else:
                 refusals.append(result)
+    crossing = dict(_crossing(flow, blocks))
+    refusals += crossing.values()
+    blocks = [block for block in blocks if block.sum.node not in crossing]
     coupled = _reversible(flow, blocks)
     refusals = [_half(one.sum, coupled[one.sum.node]) if one.sum.node in coupled else one for one in refusals]
     refusals += [_half(block.sum, coupled[block.sum.node]) for block in blocks if block.sum.node in coupled]
@@ -375,7 +378,7 @@ def _judge(
         inside = branch.region[1:]
         if _is_upsampled(flow, branch, path) and not _is_closed(flow, whole, skip, branch):
             return Refusal(whole, "RZ905", "merges resolutions: there is upsampling between the operands", 3)
-        if not any(has_weight(flow, node) for node in inside):
+        if not any(has_weight(flow, node, frozenset(branch.region)) for node in inside):
             what = f"{describe(flow, branch.term.value)}{_without_weight(flow, branch.region)}"
             return Refusal(whole, "RZ902", f"no linear or convolution weight between the skip and {what}", 1)
         if flow.constant[skip] and _is_given(flow, skip):
@@ -417,7 +420,18 @@ def _same_shape(flow: Flow, whole: Sum, shortcut: Term, skip: int, branches: tup
         return Refusal(
             whole, "RZ906", f"the skip's shape {flow.shape(skip)} is broadcast to {flow.shape(whole.node)}", 2
         )
+    if None in sizes and any(_is_centered(flow, skip, branch) for branch in branches):
+        return Refusal(
+            whole, "RZ906", f"{describe(flow, skip)} is broadcast: what it was taken of is centered by it", 2
+        )
     return Block(whole, shortcut, skip, "identity", branches, certain=None not in sizes)
+
+
+def _is_centered(flow: Flow, skip: int, branch: Branch) -> bool:
+    """Whether a skip of unknown shape is a statistic, and a branch starts with the difference to what it is one of."""
+    starts = [user for user in flow.users[skip] if user in branch.region and operands(flow, user)]
+    others = [source for user in starts for source in flow.inputs[user] if source != skip]
+    return flow.name(skip) in _STATISTICS and any(flow.reaches(skip, other) for other in others)
 
 
 def _projection(
@@ -632,13 +646,14 @@ def _is_upsampling(flow: Flow, node: int) -> bool:
     return not flow.facts[node].optional and (flow.facts[node].kind == "upsample" or name.startswith(repeats))
 
 
-def has_weight(flow: Flow, node: int) -> bool:
-    """Whether the node multiplies by a matrix or kernel that is a parameter."""
+def has_weight(flow: Flow, node: int, within: frozenset[int] = frozenset()) -> bool:
+    """Whether the node multiplies by a matrix or kernel that is a parameter, and not one of the values `within`."""
     if flow.facts[node].weight:
         return True
     if flow.name(node) not in _MATRIX_PRODUCTS and not _is_foreign(flow, node):
         return False
-    return any(flow.constant[source] and _is_matrix(flow, source) for source in flow.inputs[node])
+    sources = [source for source in flow.inputs[node] if source not in within]
+    return any(flow.constant[source] and _is_matrix(flow, source) for source in sources)
 
 
 def _is_foreign(flow: Flow, node: int) -> bool:
@@ -743,6 +758,21 @@ def _is_carried_by(flow: Flow, node: int, user: int, start: int, wholes: frozens
     if operands(flow, user) or flow.name(user) == "setitem":
         return bool(others) and all(flow.reaches(other, start) for other in others)
     return not others and (flow.facts[user].kind == "layout" or flow.name(user) in ("mul", "div"))
+
+
+def _crossing(flow: Flow, blocks: list[Block]) -> Iterator[tuple[int, Refusal]]:
+    """The sums whose branches come from the skip only by way of a block of another stream, outside of their module:
+    attention scores to which those of the layer before are added, by way of that layer's own block."""
+    at = {block.sum.node: block for block in blocks}
+    for block in blocks:
+        call = _joining_call(flow, block.sum.node)
+        crossed = [at[node] for branch in block.branches for node in branch.cuts[:-1] if node in at]
+        for other in crossed:
+            if not flow.reaches(other.skip, block.skip) and not _within(flow.origin(other.sum.node).call, call):
+                skip, origin = describe(flow, block.skip), flow.origin(other.sum.node)
+                where = origin.written or (origin.frames[0].span if origin.frames else "another add")
+                reason = f"the branch comes from {skip} only through the block at {where}, which is not of its stream"
+                yield block.sum.node, Refusal(block.sum, "RZ904", reason)
 
 
 def _reversible(flow: Flow, blocks: list[Block]) -> dict[int, bool]:

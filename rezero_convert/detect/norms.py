@@ -63,9 +63,10 @@ def _position(flow: Flow, node: int, branch: Branch) -> Position:
 
 
 def _is_dead(flow: Flow, node: int) -> bool:
-    """Whether a value is a part of another that nobody reads: `make_fx` keeps every output of an operator."""
+    """Whether nobody reads a value that no code asked for: a part of another, since `make_fx` keeps every output of an
+    operator, or what a variable is behind a condition that sets it in one arm."""
     unread = not flow.users[node] and flow.nodes[node] not in flow.trace.root.outputs
-    return unread and flow.name(node) == "getitem"
+    return unread and flow.name(node) in ("getitem", "choice")
 
 
 def after(flow: Flow, node: int, options: Options) -> Member:

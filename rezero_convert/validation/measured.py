@@ -342,8 +342,10 @@ def _watch(subject: Subject, look: Look, forms: frozenset[int], *, mark: bool, g
 
 def _of_values(block: Block, seen: _Observed, mode: str) -> Iterator[Check]:
     values = [branch.value for branch in block.branches]
-    yield Check("identity", mode, seen.equal.get(block.sum, False), "the sum differs from the skip")
-    yield Check("finite", mode, all(seen.finite.get(node, False) for node in values), "the branch is not finite")
+    finite = all(seen.finite.get(node, False) for node in values)
+    why = "" if finite else ": the branch is not finite, so that 0 times it is not 0 (are all weights initialized?)"
+    yield Check("identity", mode, seen.equal.get(block.sum, False), f"the sum differs from the skip{why}")
+    yield Check("finite", mode, finite, "the branch is not finite")
     yield Check("nonzero", mode, all(seen.nonzero.get(node, False) for node in values), "the branch is zero")
 
 

@@ -102,15 +102,15 @@ FAULTS = (
     Fault(
         "a long skip is a block",
         BLOCKS,
-        "for other in inner) and not gated(block)",
-        "for other in inner) and gated(block)",
+        "for other in spanned) and not gated(block)",
+        "for other in spanned) and gated(block)",
         "test_detect.py::test_a_skip_around_blocks_of_its_own_stream_is_a_long_skip",
     ),
     Fault(
         "a second run takes a gated long skip for an ungated one",
         BLOCKS,
-        "for other in inner) and not gated(block)",
-        "for other in inner)",
+        "for other in spanned) and not gated(block)",
+        "for other in spanned)",
         "test_detect.py::test_a_second_run_decides_as_the_first",
     ),
     Fault(
