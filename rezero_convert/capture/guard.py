@@ -306,6 +306,8 @@ def _global_state() -> Iterator[None]:
         torch.set_default_dtype(dtype)
         if _default_device() is not device:
             torch.set_default_device(None if device is None else device.device)
+            if device is None:  # torch 2.8 takes a context that is None for one
+                vars(torch._GLOBAL_DEVICE_CONTEXT).pop("device_context", None)
         torch.set_rng_state(torch_state)
         random.setstate(python_state)
         if numpy is not None and numpy_state is not None:

@@ -46,7 +46,7 @@ FAULTS = (
     Fault(
         "branches need no weight",
         BLOCKS,
-        "if not any(has_weight(flow, node) for node in inside):",
+        "if not any(has_weight(flow, node, frozenset(branch.region)) for node in inside):",
         "if not inside:",
         "test_cases.py::test_refused_files_stay_as_they_are",
     ),
