@@ -12,7 +12,7 @@ from ..methods import METHODS, Method
 from ..plan import Activation, Gate, Operand, Options, Repair, Scale, Site, SkipGate, Span, Verdict
 from . import carries, code, gates, helpers, names, norms
 from .biases import biases
-from .blocks import Block, Branch, describe, has_weight, owner_call
+from .blocks import Block, Branch, Refusal, describe, has_weight, owner_call
 from .channels import channels
 from .flow import Flow, shared
 from .sums import Sum, Term
@@ -135,6 +135,10 @@ def site_of(flow: Flow, whole: Sum, verdict: Verdict, number: str) -> Site:
         text=(written and code.line(written)) or (code.line(frame.span) if frame else ""),
         written=written,
     )
+
+
+def of_refusal(flow: Flow, refusal: Refusal) -> Site:
+    return replace(site_of(flow, refusal.sum, "refused", refusal.code), reason=refusal.reason)
 
 
 def class_name(flow: Flow, path: str) -> str:
