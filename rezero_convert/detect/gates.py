@@ -234,7 +234,12 @@ def _value(flow: Flow, node: int) -> torch.Tensor | None:
         return None
     args, kwargs = fx.node.map_arg((target.args, target.kwargs), sources.__getitem__)
     compute = getattr(torch.Tensor, target.target) if isinstance(target.target, str) else target.target
-    result = compute(*args, **kwargs)
+    try:
+        result = compute(*args, **kwargs)
+    except (TypeError, RuntimeError):  # the trace of a text does not hold all arguments
+        if not flow.trace.route.startswith("static"):
+            raise
+        return None
     return result if isinstance(result, torch.Tensor) else None
 
 
