@@ -586,6 +586,17 @@ def test_stem_and_head_norms_stay(depth: int) -> None:
     assert isinstance(kept.stem_norm, nn.LayerNorm)
 
 
+class Bare(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.tanh(self.fc(x))
+
+
+def test_a_norm_behind_blocks_without_norms_is_that_of_the_head() -> None:
+    model = nn.Sequential(Bare(fc=nn.Linear(W, W)), Bare(fc=nn.Linear(W, W)), nn.LayerNorm(W))
+    assert [site.norms for site in rz.audit(model, vectors()).plan.converted] == [(), ()]
+    assert isinstance(rz.convert(model, vectors())[2], nn.LayerNorm)
+
+
 class Walked(Net):
     """vit-pytorch: adds and head norm in one module."""
 
