@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from . import __version__
 from .errors import ConversionError
 from .files import replace
-from .listing import visible
+from .listing import number, visible
 from .methods import METHODS
 
 if TYPE_CHECKING:
@@ -513,9 +513,14 @@ def _rewrite(file: _File, arguments: argparse.Namespace, given: dict[str, Any]) 
             first, *more = proof.failures
             others = f" (and {len(more)} more)" if more else ""
             raise ConversionError(f"{file.name}: the rewritten file does not hold: {first}{others}")
-        what = f"{proof.blocks} gated blocks were" if proof.blocks else "the model was"
+        count = f"{number(proof.blocks, 'gated block')} {'was' if proof.blocks == 1 else 'were'}"
+        what = count if proof.blocks else "the model was"
         note = f"imported in a fresh process, where {what} validated"
-        result = dataclasses.replace(result, notes=(*result.notes, note), validation=proof)
+        unread = [
+            f"{name} gates a branch that the rewritten model has not: what it is added to may be constant there"
+            for name in fresh.unread(result.report.plan, proof, model)
+        ]
+        result = dataclasses.replace(result, notes=(*result.notes, note, *unread), validation=proof)
     return result
 
 

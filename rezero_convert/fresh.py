@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConversionError
+from .plan import Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,20 @@ def prove(
     if "error" in found:
         raise ConversionError(f"{file}: the rewritten file fails in a fresh process: {found['error']}")
     return Proof(found)
+
+
+def unread(plan: Plan, proof: Proof, model: Any) -> list[str]:
+    """The new gates of the model's instances that no block of the rewritten model has; those of loops aside."""
+    seen = {name for block in proof.details["blocks"] for name in block["alphas"]}
+    classes = {path: type(module).__qualname__ for path, module in model.named_modules()}
+    ran = [site for site in plan.converted if site.calls and classes.get(site.path) == site.cls]
+    made = (
+        (f"{site.path}.{gate.alpha}" if site.path else gate.alpha)
+        for site in ran
+        for gate in site.gates
+        if gate.at is not None and not gate.existing and not gate.loops
+    )
+    return [name for name in dict.fromkeys(made) if name not in seen]
 
 
 def main(request: str) -> int:

@@ -634,3 +634,53 @@ def test_a_list_of_parameters_is_walked_alike_on_every_route(
             torch.nn.init.constant_(alpha, 0.1 + number)
         twin.load_state_dict(live.state_dict())
         assert torch.equal(twin(x), live(x))
+
+
+ZEROS = """\
+import torch
+from torch import nn
+
+
+class Layer(nn.Module):
+    def __init__(self, width=8):
+        super().__init__()
+        self.norm1, self.self_attn = nn.LayerNorm(width), nn.MultiheadAttention(width, 2)
+        self.norm2, self.fc = nn.LayerNorm(width), nn.Linear(width, width)
+
+    def forward(self, x, where):
+        y = self.norm1(x)
+        x = x + self.self_attn(y + where, y + where, y)[0]
+        return x + self.fc(self.norm2(x) + where)
+
+
+class Decoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Layer(), Layer()])
+
+    def forward(self, where):
+        x = torch.zeros_like(where)
+        for layer in self.layers:
+            x = layer(x, where)
+        return x
+"""
+
+
+def test_a_gate_that_the_rewritten_model_has_no_branch_for_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "decoder.py"
+    file.write_text(ZEROS)
+    given = ["--model", "Decoder()", "--inputs", "torch.randn(3, 2, 8),"]
+    assert cli.main([str(file), *given]) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert "3 gated blocks were validated" in told
+    assert "layers.0.alpha_self_attn gates a branch that the rewritten model has not" in told
+    assert cli.main([str(file), *given, "--drop-norm", "none"]) == 0
+    assert "that the rewritten model has not" not in capsys.readouterr().err
+    space: dict[str, Any] = {"__name__": "decoder"}
+    exec(compile(ZEROS, str(file), "exec"), space)
+    model, where = space["Decoder"](), torch.randn(3, 2, 8)
+    with pytest.raises(rz.ConversionError, match=r"layers\.0\.alpha_self_attn"):
+        rz.convert(model, where)
+    assert len(list(rz.alphas(rz.convert(model, where, exclude="layers.0")))) == 2

@@ -1116,3 +1116,44 @@ def _longest_walk(block: type[nn.Module], depth: int, monkeypatch: pytest.Monkey
         assert rz.validate(model, torch.randn(2, 5, 16)).ok
     assert len(sizes) > depth
     return max(sizes)
+
+
+class Recomputed(torch.autograd.Function):
+    """A checkpoint by hand: without gradients forwards, again with them backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Any, x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        ctx.run, ctx.weights = run, weights
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return run(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            out = ctx.run(x.view_as(x))
+        return None, *torch.autograd.grad(out, [x, *ctx.weights], grads, allow_unused=True)
+
+
+class ByHand(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return Recomputed.apply(self.inner, x, *self.parameters())
+
+    def inner(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.reshape(-1, 8)
+        return (flat + torch.relu(self.fc(flat))).reshape(x.shape)
+
+
+def test_a_skip_that_is_a_view_in_an_autograd_function_has_no_gradient_to_ask_for() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), ByHand(), ByHand())
+    converted = rz.convert(model, torch.randn(2, 3, 8))
+    check = rz.validate(converted, torch.randn(2, 3, 8))
+    assert check.ok
+    assert len(check.blocks) == 2
+    converted(torch.randn(2, 3, 8)).sum().backward()
+    assert all(alpha.grad is not None and bool(alpha.grad.any()) for _, alpha in rz.alphas(converted))

@@ -293,7 +293,7 @@ def _arrival(value: Tensor, *, mark: bool, cut: bool) -> GradientEdge | None:
             value.detach_()
         if not value.requires_grad:
             value.requires_grad_()
-    return get_gradient_edge(value) if value.requires_grad else None
+    return get_gradient_edge(value) if value.requires_grad and torch.is_grad_enabled() else None
 
 
 def _watch(subject: Subject, look: Look, forms: frozenset[int], *, mark: bool, gradients: bool = True) -> _Observed:
