@@ -12,8 +12,6 @@ from .classes import attribute_chain, chain_of_elements, last_name, lineage, mak
 from .splice import Function, Source, class_at, statements
 
 _DEAD = "then neither it nor alpha ever gets a gradient: --model and --inputs decide it"
-
-
 _LAYERS = re.compile(r"Linear|_?Conv(Transpose)?([123N]d|1D)")
 _WALKS = ("modules", "named_modules", "children")
 
